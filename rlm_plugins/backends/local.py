@@ -1,0 +1,218 @@
+"""A model in this process: everything a `LanguageModel` does, from two primitives, rows and scores.
+
+A backend computes; it knows nothing of prompts, sampling or stop strings. `TransformersLM` and the numpy reader differ
+only in theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..capabilities import Capabilities
+from ..decoding import OneRow, decode_rows
+from ..errors import UsageError
+from ..flows import Batch, Failed, Flow, ask
+from ..models import FlowModel
+from ..prompts import QUESTION_ANSWER, PromptTemplate, render_messages, render_text
+from ..requests import Advance, Emit, Generate, OpenRows, Probe, Request, Rows, Score, ScoreRows
+from ..texts import Chunk, Generation, Passage, Scoring, TokenLogprob, Usage
+from ..tokens import TokenIds, Tokenizer, continuation_ids, fit_prompt, with_bos
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class RowRunner(Protocol):
+    """What a backend computes. Called by one thread at a time."""
+
+    def open_rows(self, prompts: tuple[TokenIds, ...]) -> Rows:
+        """Compute the prompts (or find their beginnings already computed)."""
+        ...
+
+    def advance(self, rows: Rows, token_id: int) -> NDArray[np.float32]:
+        """Append a token to every row; the next log-probabilities, [k, V]."""
+        ...
+
+    def score_rows(
+        self, prompts: tuple[TokenIds, ...], continuations: tuple[TokenIds, ...]
+    ) -> list[NDArray[np.float32]]:
+        """log p of every continuation token, one array per row."""
+        ...
+
+
+class _ComputeLane:
+    """Runs a backend's work one piece at a time: under a lock for threads, in one thread of its own for event loops,
+    so that the loop is never blocked and a cancelled run stops at its next token."""
+
+    def __init__(self, runner: RowRunner) -> None:
+        self._runner = runner
+        self._lock = threading.Lock()
+        self._thread: ThreadPoolExecutor | None = None
+
+    def answer(self, batch: Batch) -> list[Any]:
+        return [self._compute(request) for request in batch]
+
+    async def aanswer(self, batch: Batch) -> list[Any]:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlm-compute")
+        return await asyncio.wrap_future(self._thread.submit(self.answer, batch))
+
+    def _compute(self, request: Request[Any]) -> Any:
+        try:
+            with self._lock:
+                match request:
+                    case OpenRows():
+                        return self._runner.open_rows(request.prompts)
+                    case Advance():
+                        return self._runner.advance(request.rows, request.token_id)
+                    case ScoreRows():
+                        return self._runner.score_rows(request.prompts, request.continuations)
+                    case _:
+                        raise TypeError(f"a local model does not answer {type(request).__name__}")
+        except Exception as error:
+            return Failed(error)
+
+
+class LocalModel(FlowModel):
+    """A language model over a `RowRunner`."""
+
+    def __init__(
+        self,
+        runner: RowRunner,
+        *,
+        name: str,
+        tokenizer: Tokenizer,
+        context_window: int | None,
+        repeatability: float,
+        template: PromptTemplate = QUESTION_ANSWER,
+    ) -> None:
+        self.name = name
+        self.tokenizer = self._tokenizer = tokenizer
+        self.context_window = context_window
+        self.template = template
+        self.below = _ComputeLane(runner)
+        self._capabilities = Capabilities(
+            output_logprobs=True,
+            top_logprobs=1 << 30,
+            prompt_logprobs=True,
+            continuation="token_ids",
+            batched_prompts=True,
+            token_ids=True,
+            full_distribution=True,
+            repeatability=repeatability,
+        )
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    def interpret(self, request: Request[Any]) -> Flow[Any] | None:
+        match request:
+            case Generate():
+                return self._generate(request)
+            case Score():
+                return self._score(request)
+            case Probe():
+                return _known(self._capabilities)
+            case _:
+                return None
+
+    def _generate(self, request: Generate) -> Flow[Generation]:
+        ids, _ = fit_prompt(
+            self._tokenizer,
+            self.template,
+            request.prompt,
+            request.documents or (),
+            context_window=self.context_window,
+            reserve=request.sampling.max_tokens,
+            answer_so_far=request.answer_so_far,
+        )
+        decoded = yield from decode_rows(
+            [ids],
+            OneRow(),
+            self._tokenizer,
+            request.sampling,
+            top_logprobs=request.top_logprobs,
+            strip_first_space=self.template.answer_starts_with_space,
+        )
+        generation = Generation(decoded.text, decoded.tokens, decoded.finish_reason, decoded.usage)
+        yield from announce(generation)
+        return generation
+
+    def _score(self, request: Score) -> Flow[Scoring]:
+        rows = scoring_rows(
+            self._tokenizer,
+            self.template,
+            request,
+            [request.documents or ()],
+            context_window=self.context_window,
+        )
+        [logprobs] = yield from ask(ScoreRows(*rows))
+        [ids], [target] = rows
+        tokens = tuple(
+            TokenLogprob(self._tokenizer.decode([token]), float(logprob), token)
+            for token, logprob in zip(target, logprobs, strict=True)
+        )
+        return Scoring(tokens, Usage(calls=1, prompt_tokens=len(ids) + len(target)))
+
+
+def announce(generation: Generation) -> Flow[None]:
+    """Emit the last chunk of a stream: no text, the whole generation."""
+    yield [Emit(Chunk("", final=generation))]
+
+
+def scoring_rows(
+    tokenizer: Tokenizer,
+    template: PromptTemplate,
+    request: Score,
+    document_sets: list[tuple[Passage, ...]],
+    *,
+    context_window: int | None,
+    max_document_tokens: int | None = None,
+) -> tuple[tuple[TokenIds, ...], tuple[TokenIds, ...]]:
+    """Prompts and continuation as ids, one row per set of documents, cut at the true token boundary.
+
+    Raises `UsageError` for an empty continuation.
+    """
+    space = " " if template.answer_starts_with_space else ""
+    end = (min(tokenizer.end_ids),) if request.include_end and tokenizer.end_ids else ()
+    if request.include_end and not end:
+        raise UsageError("include_end needs a tokenizer with an end token, and this one has none")
+    if not request.continuation:
+        raise UsageError("the continuation to score is empty: its log-probability would be 0 whatever the context")
+    reserve = len(tokenizer.encode(space + request.continuation)) + len(end)
+    prompts: list[TokenIds] = []
+    targets: list[TokenIds] = []
+    for documents in document_sets:
+        ids, sent = fit_prompt(
+            tokenizer,
+            template,
+            request.prompt,
+            documents,
+            context_window=context_window,
+            reserve=reserve,
+            max_document_tokens=max_document_tokens,
+        )
+        if isinstance(request.prompt, str):
+            context = render_text(template, request.prompt, sent)
+            before, after = continuation_ids(tokenizer, context, space + request.continuation)
+            ids = with_bos(tokenizer, before)
+        elif tokenizer.encode_chat(render_messages(template, request.prompt, sent)) is not None:
+            after = tokenizer.encode(space + request.continuation)
+        else:
+            raise UsageError("scoring after a conversation needs a tokenizer with a chat template; pass a question")
+        prompts.append(ids)
+        targets.append((*after, *end))
+    return tuple(prompts), tuple(targets)
+
+
+def _known(capabilities: Capabilities) -> Flow[Capabilities]:
+    return capabilities
+    yield  # a flow that asks nothing is still a generator
+
+
+__all__ = ["LocalModel", "RowRunner", "announce", "scoring_rows"]

@@ -1,0 +1,137 @@
+"""One token after another, from distributions over rows: the loop every local way of writing shares.
+
+A `Mixer` says which distribution k rows make together. One row is plain decoding; REPLUG's mixer makes many rows one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ModelError
+from .flows import Flow, ask
+from .mixtures import nucleus, temper
+from .requests import Advance, Emit, OpenRows, Sampling
+from .texts import Chunk, FinishReason, TokenLogprob, Usage
+from .tokens import IncrementalText, StopText, TokenIds, Tokenizer
+
+Floats = NDArray[np.floating[Any]]
+
+
+class Mixer(Protocol):
+    """Makes one distribution of k rows, and is told which token was chosen."""
+
+    def mix(self, rows: Floats) -> Floats:
+        """Log-probabilities [k, V] to the distribution to choose from, [V], log."""
+        ...
+
+    def chosen(self, token_id: int, rows: Floats, mixed: Floats) -> None:
+        """The token, with what `mix` was given and what it gave."""
+        ...
+
+
+class OneRow:
+    """Plain decoding: the only row is the distribution."""
+
+    def mix(self, rows: Floats) -> Floats:
+        return rows[0]
+
+    def chosen(self, token_id: int, rows: Floats, mixed: Floats) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    text: str
+    token_ids: tuple[int, ...]
+    tokens: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason
+    usage: Usage
+
+
+def decode_rows(
+    prompts: Sequence[TokenIds],
+    mixer: Mixer,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    *,
+    top_logprobs: int = 0,
+    strip_first_space: bool = False,
+) -> Flow[Decoded]:
+    """Write one text as the common continuation of k prompts. Emits a `Chunk` per piece of text.
+
+    At each step every row gives log p_d(v) at the sampling temperature (1 when greedy), `mixer` makes them one
+    distribution, top-p cuts it, one token is chosen and appended to *all* rows. Raises `ModelError` when a row is NaN.
+    """
+    rows = yield from ask(OpenRows(tuple(prompts)))
+    logprobs: Floats = rows.logprobs
+    rng = np.random.default_rng(sampling.seed)
+    pieces, stop = IncrementalText(tokenizer), StopText(sampling.stop)
+    emitted: list[str] = []
+    ids: list[int] = []
+    tokens: list[TokenLogprob] = []
+    finish: FinishReason = "length"
+    lead = " " if strip_first_space else ""
+    while len(ids) < sampling.max_tokens:
+        if np.isnan(logprobs).any():
+            row = int(np.isnan(logprobs).any(axis=1).argmax())
+            raise ModelError(f"the model gave NaN log-probabilities for prompt {row} at token {len(ids)} of the answer")
+        tempered = temper(logprobs, sampling.temperature) if sampling.temperature > 0 else logprobs
+        mixed = mixer.mix(tempered)
+        token_id = _choose(mixed, sampling, rng)
+        if token_id in tokenizer.end_ids:
+            finish = "stop"
+            mixer.chosen(token_id, tempered, mixed)
+            break
+        ids.append(token_id)
+        tokens.append(_token(tokenizer, token_id, mixed, top_logprobs))
+        mixer.chosen(token_id, tempered, mixed)
+        piece, lead = _without_lead(pieces.push(token_id), lead)
+        text = stop.push(piece)
+        if text:
+            emitted.append(text)
+            yield [Emit(Chunk(text, (tokens[-1],)))]
+        if stop.stopped:
+            finish = "stop"
+            break
+        if len(ids) < sampling.max_tokens:
+            logprobs = yield from ask(Advance(rows, token_id))
+    if not stop.stopped:
+        text = stop.push(_without_lead(pieces.rest(), lead)[0]) + stop.rest()
+        if text:
+            emitted.append(text)
+            yield [Emit(Chunk(text))]
+    usage = Usage(
+        calls=len(prompts),
+        prompt_tokens=rows.prompt_tokens,
+        cached_prompt_tokens=rows.cached_prompt_tokens,
+        completion_tokens=len(ids) + (finish == "stop" and not stop.stopped),
+    )
+    return Decoded("".join(emitted), tuple(ids), tuple(tokens), finish, usage)
+
+
+def _choose(mixed: Floats, sampling: Sampling, rng: np.random.Generator) -> int:
+    if sampling.temperature == 0:
+        return int(mixed.argmax())
+    probabilities = np.exp(nucleus(mixed, sampling.top_p).astype(np.float64))
+    return int(rng.choice(len(probabilities), p=probabilities / probabilities.sum()))
+
+
+def _token(tokenizer: Tokenizer, token_id: int, mixed: Floats, top_logprobs: int) -> TokenLogprob:
+    top: tuple[tuple[str, float], ...] = ()
+    if top_logprobs:
+        best = np.argpartition(-mixed, min(top_logprobs, len(mixed)) - 1)[:top_logprobs]
+        best = best[np.argsort(-mixed[best], kind="stable")]
+        top = tuple((tokenizer.decode([int(i)]), float(mixed[i])) for i in best)
+    return TokenLogprob(tokenizer.decode([token_id]), float(mixed[token_id]), token_id, top)
+
+
+def _without_lead(piece: str, lead: str) -> tuple[str, str]:
+    """Take the template's space off the first piece that has text."""
+    if not piece or not lead:
+        return piece, lead
+    return piece.removeprefix(lead), ""

@@ -1,0 +1,1 @@
+"""REPLUG and its kin: see each module."""
