@@ -12,12 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ModelError
+from .errors import ModelError, UsageError
 from .flows import Flow, ask
 from .mixtures import nucleus, temper
-from .requests import Advance, Emit, OpenRows, Sampling
-from .texts import Chunk, FinishReason, TokenLogprob, Usage
-from .tokens import IncrementalText, StopText, TokenIds, Tokenizer
+from .prompts import PromptTemplate, render_messages, render_text
+from .requests import Advance, Emit, OpenRows, Sampling, Score
+from .texts import Chunk, FinishReason, Generation, Passage, TokenLogprob, Usage
+from .tokens import IncrementalText, StopText, TokenIds, Tokenizer, continuation_ids, fit_prompt, with_bos
 
 Floats = NDArray[np.floating[Any]]
 
@@ -135,3 +136,53 @@ def _without_lead(piece: str, lead: str) -> tuple[str, str]:
     if not piece or not lead:
         return piece, lead
     return piece.removeprefix(lead), ""
+
+
+def announce(generation: Generation) -> Flow[None]:
+    """Emit the last chunk of a stream: no text, the whole generation."""
+    yield [Emit(Chunk("", final=generation))]
+
+
+def scoring_rows(
+    tokenizer: Tokenizer,
+    template: PromptTemplate,
+    request: Score,
+    document_sets: list[tuple[Passage, ...]],
+    *,
+    context_window: int | None,
+    max_document_tokens: int | None = None,
+) -> tuple[tuple[TokenIds, ...], tuple[TokenIds, ...]]:
+    """Prompts and continuation as ids, one row per set of documents, cut at the true token boundary.
+
+    Raises `UsageError` for an empty continuation.
+    """
+    space = " " if template.answer_starts_with_space else ""
+    end = (min(tokenizer.end_ids),) if request.include_end and tokenizer.end_ids else ()
+    if request.include_end and not end:
+        raise UsageError("include_end needs a tokenizer with an end token, and this one has none")
+    if not request.continuation:
+        raise UsageError("the continuation to score is empty: its log-probability would be 0 whatever the context")
+    reserve = len(tokenizer.encode(space + request.continuation)) + len(end)
+    prompts: list[TokenIds] = []
+    targets: list[TokenIds] = []
+    for documents in document_sets:
+        ids, sent = fit_prompt(
+            tokenizer,
+            template,
+            request.prompt,
+            documents,
+            context_window=context_window,
+            reserve=reserve,
+            max_document_tokens=max_document_tokens,
+        )
+        if isinstance(request.prompt, str):
+            context = render_text(template, request.prompt, sent)
+            before, after = continuation_ids(tokenizer, context, space + request.continuation)
+            ids = with_bos(tokenizer, before)
+        elif tokenizer.encode_chat(render_messages(template, request.prompt, sent)) is not None:
+            after = tokenizer.encode(space + request.continuation)
+        else:
+            raise UsageError("scoring after a conversation needs a tokenizer with a chat template; pass a question")
+        prompts.append(ids)
+        targets.append((*after, *end))
+    return tuple(prompts), tuple(targets)

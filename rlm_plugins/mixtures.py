@@ -100,40 +100,44 @@ def nucleus(logprobs: Floats, top_p: float) -> Floats:
     return log_softmax(cut)
 
 
-def poisoning_radius(log_weights: Floats, logprobs: Floats, token: int) -> int:
+def poisoning_radius(
+    log_weights: Floats, logprobs: Floats, token: int, *, replaceable: NDArray[np.bool_] | None = None
+) -> int:
     """How many documents an adversary may replace, whatever they then say, without changing the greedy `token`.
 
     Token t survives any replacement of m documents if for every other v
-    sum_d w_d (p_d(t) - p_d(v)) > sum of the m largest w_d (1 + p_d(t) - p_d(v)). The weights must be fixed, that is,
-    not depend on what the documents say. Returns the largest such m, -1 where t does not even win now.
+    sum_d w_d (p_d(t) - p_d(v)) > sum of the m largest w_d (1 + p_d(t) - p_d(v)). The weights must be fixed: they must
+    not depend on what the documents say. `replaceable` [k] leaves out rows no adversary reaches (the null document).
+    Returns the largest such m, -1 where t does not even win now.
     """
     weights = np.exp(log_weights.astype(np.float64))
+    exposed = weights if replaceable is None else weights * replaceable
     probabilities = np.exp(logprobs.astype(np.float64))
     chosen = probabilities[:, token]
-    few = min(64, probabilities.shape[1])
     mixed = weights @ probabilities
+    few = min(64, len(mixed))
     rivals = np.argpartition(-mixed, few - 1)[:few]
     rivals = rivals[rivals != token]
-    radius = _radius(weights, chosen, probabilities[:, rivals])
-    if few == probabilities.shape[1]:
+    radius = _radius(weights, exposed, chosen, probabilities[:, rivals])
+    if few == len(mixed):
         return radius
-    # Every other token is at most as probable as the weakest rival. If even one that had all that probability and yet
-    # counted as impossible in each document could not do more harm, no exact look at the rest is needed.
-    rest = np.partition(mixed, -few)[:-few].max()
-    harm = np.cumsum(np.sort(weights * (1 + chosen))[::-1])
-    if int((harm < weights @ chosen - rest).sum()) >= radius and weights @ chosen > rest:
+    # No other token has more probability than the weakest rival. If one that had all of that, and yet counted as
+    # impossible in every document, could not do more harm, an exact look at the rest can be spared.
+    lead = weights @ chosen - np.partition(mixed, -few)[:-few].max()
+    harm = np.cumsum(np.sort(exposed * (1 + chosen))[::-1])
+    if lead > 0 and int((harm < lead).sum()) >= radius:
         return radius
-    others = np.delete(probabilities, token, axis=1)
-    return _radius(weights, chosen, others)
+    return _radius(weights, exposed, chosen, np.delete(probabilities, token, axis=1))
 
 
-def _radius(weights: Floats, chosen: Floats, rivals: Floats) -> int:
-    """`poisoning_radius` against given rivals [k, R]; infinite harm is impossible, so at most k."""
+def _radius(weights: Floats, exposed: Floats, chosen: Floats, rivals: Floats) -> int:
+    """`poisoning_radius` against given rivals, [k, R]."""
+    reach = int((exposed > 0).sum())
     if rivals.shape[1] == 0:
-        return len(weights)
+        return reach
     lead = weights @ (chosen[:, None] - rivals)  # [R]
-    gains = np.sort(weights[:, None] * (1 + chosen[:, None] - rivals), axis=0)[::-1]  # [k, R]
-    survived = (np.cumsum(gains, axis=0) < lead).sum(axis=0)
+    gains = np.sort(exposed[:, None] * (1 + chosen[:, None] - rivals), axis=0)[::-1]  # [k, R], the worst first
+    survived = (np.cumsum(gains, axis=0)[:reach] < lead).sum(axis=0)
     return int(np.where(lead > 0, survived, -1).min())
 
 

@@ -45,6 +45,8 @@ class LanguageModel(ABC):
     template: PromptTemplate = QUESTION_ANSWER
     tokenizer: Tokenizer | None = None
     context_window: int | None = None
+    sampling: Sampling = Sampling()
+    """How this model samples where the call does not say."""
 
     @abstractmethod
     def answer(self, batch: Batch) -> Sequence[Any]: ...
@@ -67,7 +69,7 @@ class LanguageModel(ABC):
         top_logprobs: int = 0,
         deadline: float | None = None,
     ) -> Generation:
-        request = _generate(prompt, documents, answer_so_far, sampling, top_logprobs)
+        request = _generate(prompt, documents, answer_so_far, sampling or self.sampling, top_logprobs)
         return run(ask(request), self, deadline=deadline)
 
     async def agenerate(
@@ -80,7 +82,7 @@ class LanguageModel(ABC):
         top_logprobs: int = 0,
         deadline: float | None = None,
     ) -> Generation:
-        request = _generate(prompt, documents, answer_so_far, sampling, top_logprobs)
+        request = _generate(prompt, documents, answer_so_far, sampling or self.sampling, top_logprobs)
         return await arun(ask(request), self, deadline=deadline)
 
     def stream(
@@ -94,7 +96,7 @@ class LanguageModel(ABC):
         deadline: float | None = None,
     ) -> Iterator[Chunk]:
         """Text as it is written; the last chunk carries the whole `Generation`. Close the iterator to stop early."""
-        request = _generate(prompt, documents, answer_so_far, sampling, top_logprobs)
+        request = _generate(prompt, documents, answer_so_far, sampling or self.sampling, top_logprobs)
         return iterate(_read(request), self, deadline=deadline)
 
     def astream(
@@ -107,7 +109,7 @@ class LanguageModel(ABC):
         top_logprobs: int = 0,
         deadline: float | None = None,
     ) -> AsyncIterator[Chunk]:
-        request = _generate(prompt, documents, answer_so_far, sampling, top_logprobs)
+        request = _generate(prompt, documents, answer_so_far, sampling or self.sampling, top_logprobs)
         return aiterate(_read(request), self, deadline=deadline)
 
     def score(
@@ -152,11 +154,11 @@ def _generate(
     prompt: str | Sequence[Message],
     documents: Sequence[Passage] | None,
     answer_so_far: str,
-    sampling: Sampling | None,
+    sampling: Sampling,
     top_logprobs: int,
 ) -> Generate:
     sent = None if documents is None else tuple(documents)
-    return Generate(as_prompt(prompt), sent, answer_so_far, sampling or Sampling(), top_logprobs)
+    return Generate(as_prompt(prompt), sent, answer_so_far, sampling, top_logprobs)
 
 
 def _score(

@@ -12,14 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..capabilities import Capabilities
-from ..decoding import OneRow, decode_rows
-from ..errors import UsageError
+from ..decoding import OneRow, announce, decode_rows, scoring_rows
 from ..flows import Batch, Failed, Flow, ask
 from ..models import FlowModel
-from ..prompts import QUESTION_ANSWER, PromptTemplate, render_messages, render_text
-from ..requests import Advance, Emit, Generate, OpenRows, Probe, Request, Rows, Score, ScoreRows
-from ..texts import Chunk, Generation, Passage, Scoring, TokenLogprob, Usage
-from ..tokens import TokenIds, Tokenizer, continuation_ids, fit_prompt, with_bos
+from ..prompts import QUESTION_ANSWER, PromptTemplate
+from ..requests import Advance, Generate, OpenRows, Probe, Request, Rows, Score, ScoreRows
+from ..texts import Generation, Scoring, TokenLogprob, Usage
+from ..tokens import TokenIds, Tokenizer, fit_prompt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +32,7 @@ class RowRunner(Protocol):
         """Compute the prompts (or find their beginnings already computed)."""
         ...
 
-    def advance(self, rows: Rows, token_id: int) -> NDArray[np.float32]:
+    def advance(self, rows: Any, token_id: int) -> NDArray[np.float32]:
         """Append a token to every row; the next log-probabilities, [k, V]."""
         ...
 
@@ -160,59 +159,6 @@ class LocalModel(FlowModel):
         return Scoring(tokens, Usage(calls=1, prompt_tokens=len(ids) + len(target)))
 
 
-def announce(generation: Generation) -> Flow[None]:
-    """Emit the last chunk of a stream: no text, the whole generation."""
-    yield [Emit(Chunk("", final=generation))]
-
-
-def scoring_rows(
-    tokenizer: Tokenizer,
-    template: PromptTemplate,
-    request: Score,
-    document_sets: list[tuple[Passage, ...]],
-    *,
-    context_window: int | None,
-    max_document_tokens: int | None = None,
-) -> tuple[tuple[TokenIds, ...], tuple[TokenIds, ...]]:
-    """Prompts and continuation as ids, one row per set of documents, cut at the true token boundary.
-
-    Raises `UsageError` for an empty continuation.
-    """
-    space = " " if template.answer_starts_with_space else ""
-    end = (min(tokenizer.end_ids),) if request.include_end and tokenizer.end_ids else ()
-    if request.include_end and not end:
-        raise UsageError("include_end needs a tokenizer with an end token, and this one has none")
-    if not request.continuation:
-        raise UsageError("the continuation to score is empty: its log-probability would be 0 whatever the context")
-    reserve = len(tokenizer.encode(space + request.continuation)) + len(end)
-    prompts: list[TokenIds] = []
-    targets: list[TokenIds] = []
-    for documents in document_sets:
-        ids, sent = fit_prompt(
-            tokenizer,
-            template,
-            request.prompt,
-            documents,
-            context_window=context_window,
-            reserve=reserve,
-            max_document_tokens=max_document_tokens,
-        )
-        if isinstance(request.prompt, str):
-            context = render_text(template, request.prompt, sent)
-            before, after = continuation_ids(tokenizer, context, space + request.continuation)
-            ids = with_bos(tokenizer, before)
-        elif tokenizer.encode_chat(render_messages(template, request.prompt, sent)) is not None:
-            after = tokenizer.encode(space + request.continuation)
-        else:
-            raise UsageError("scoring after a conversation needs a tokenizer with a chat template; pass a question")
-        prompts.append(ids)
-        targets.append((*after, *end))
-    return tuple(prompts), tuple(targets)
-
-
 def _known(capabilities: Capabilities) -> Flow[Capabilities]:
     return capabilities
     yield  # a flow that asks nothing is still a generator
-
-
-__all__ = ["LocalModel", "RowRunner", "announce", "scoring_rows"]
