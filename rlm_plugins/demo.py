@@ -6,6 +6,7 @@ installed.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import textwrap
@@ -170,7 +171,7 @@ def _show(number: int, asked: Asked, ways: Mapping[str, Way], lm: LanguageModel)
     )
     yield f"   decided by   {decided}"
     least = min(tokens["logprob"], default=0.0)
-    yield f"   least sure token: p = {2.718281828**least:.2f}; poisoned documents it survives: {trace['robust_radius']}"
+    yield f"   least sure token: p = {math.exp(least):.2f}; poisoned documents it survives: {trace['robust_radius']}"
     passages = [Passage(document["text"], title=document["title"]) for document in trace["documents"]]
     rows = {
         "closed book": lm.generate(asked.question, sampling=SAMPLING).text,
