@@ -30,6 +30,10 @@ class Capabilities:
     """The whole next-token distribution, row by row (a model in this process)."""
     repeatability: float = 0.0
     """The largest difference between the log-probs of two identical calls, nats. Closer choices are ties."""
+    token_entries: bool = True
+    """Whether each token written has an entry of its own in the log-probs (some servers lose parts of characters)."""
+    notes: tuple[str, ...] = ()
+    """What a probe found that a user should know, in words."""
 
 
 Method = Literal["native", "naive", "draft_verify", "certificate", "latent", "answer"]

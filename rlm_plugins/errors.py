@@ -13,6 +13,11 @@ A message says what was got, what was expected and what to do.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .texts import Generation
+
 
 class RLMError(Exception):
     """The root: catching it catches everything this library raises on purpose."""
@@ -43,13 +48,24 @@ class Unsupported(RLMError):
 
 
 class ModelError(RLMError):
-    """The model or its endpoint failed."""
+    """The model or its endpoint failed.
 
-    def __init__(self, message: str, *, retryable: bool = False, retry_after: float | None = None) -> None:
+    `retry_after`: seconds the endpoint asked to wait, where it said so. `partial`: the `Generation` that had arrived,
+    and was paid for, when the failure cut it short.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retryable: bool = False,
+        retry_after: float | None = None,
+        partial: Generation | None = None,
+    ) -> None:
         super().__init__(message)
         self.retryable = retryable
         self.retry_after = retry_after
-        """Seconds the endpoint asked to wait, where it said so."""
+        self.partial = partial
 
 
 class DeadlineExceeded(ModelError, TimeoutError):

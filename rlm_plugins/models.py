@@ -6,7 +6,7 @@ Every method that takes a language model gives one back, so methods stack: `Repl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .capabilities import Capabilities
@@ -178,7 +178,7 @@ class FlowModel(LanguageModel):
     """A language model whose answers are flows over the handler `below`.
 
     Requests of one batch advance together, so what they ask in the same step reaches `below` as one batch. A request
-    `interpret` knows nothing of (None) is passed on as it is.
+    `interpret` knows nothing of (None) is handed to `below` as it is, and what that opens belongs to whoever asked.
     """
 
     below: Handler
@@ -186,37 +186,53 @@ class FlowModel(LanguageModel):
     @abstractmethod
     def interpret(self, request: Request[Any]) -> Flow[Any] | None: ...
 
-    def _flow(self, request: Request[Any]) -> Flow[Any]:
-        mine = self.interpret(request)
-        return attempt(ask(request) if mine is None else mine)
+    def interpret_stream(self, request: Generate) -> Flow[Generation] | None:
+        """The flow whose emitted chunks are the stream: where writing piece by piece is asked for differently."""
+        return self.interpret(request)
 
     def answer(self, batch: Batch) -> list[Any]:
-        replies = self._streams(batch)
-        for index, request in enumerate(batch):
-            if isinstance(request, ReadStream) and isinstance(request.stream, FlowStream):
-                replies[index] = request.stream.read()
-        asked = [index for index in range(len(batch)) if index not in replies]
-        flows = [self._flow(batch[index]) for index in asked]
-        replies.update(zip(asked, run(together(flows), self.below) if flows else [], strict=True))
-        return [replies[index] for index in range(len(batch))]
+        plan = _Plan(self, batch)
+        for index, stream in plan.read.items():
+            plan.replies[index] = stream.read()
+        if plan.flows:
+            plan.place(plan.flows, run(together(plan.flows.values()), self.below))
+        if plan.passed:
+            plan.place(plan.passed, self.below.answer([batch[index] for index in plan.passed]))
+        return plan.replies
 
     async def aanswer(self, batch: Batch) -> list[Any]:
-        replies = self._streams(batch)
+        plan = _Plan(self, batch)
+        for index, stream in plan.read.items():
+            plan.replies[index] = await stream.aread()
+        if plan.flows:
+            plan.place(plan.flows, await arun(together(plan.flows.values()), self.below))
+        if plan.passed:
+            plan.place(plan.passed, await self.below.aanswer([batch[index] for index in plan.passed]))
+        return plan.replies
+
+
+class _Plan:
+    """What becomes of each request of a batch: a flow, a stream that is opened (which costs nothing) or read, or
+    something for the handler below."""
+
+    def __init__(self, model: FlowModel, batch: Batch) -> None:
+        self.replies: list[Any] = [None] * len(batch)
+        self.read: dict[int, FlowStream] = {}
+        self.flows: dict[int, Flow[Any]] = {}
+        self.passed: list[int] = []
         for index, request in enumerate(batch):
             if isinstance(request, ReadStream) and isinstance(request.stream, FlowStream):
-                replies[index] = await request.stream.aread()
-        asked = [index for index in range(len(batch)) if index not in replies]
-        flows = [self._flow(batch[index]) for index in asked]
-        replies.update(zip(asked, await arun(together(flows), self.below) if flows else [], strict=True))
-        return [replies[index] for index in range(len(batch))]
+                self.read[index] = request.stream
+            elif isinstance(request, OpenStream) and (opened := model.interpret_stream(request.generate)) is not None:
+                self.replies[index] = FlowStream(opened, model.below)
+            elif (flow := model.interpret(request)) is not None:
+                self.flows[index] = attempt(flow)
+            else:
+                self.passed.append(index)
 
-    def _streams(self, batch: Batch) -> dict[int, Any]:
-        """The streams this batch opens: flows that have not begun. Opening one costs nothing."""
-        opened: dict[int, Any] = {}
-        for index, request in enumerate(batch):
-            if isinstance(request, OpenStream) and (flow := self.interpret(request.generate)) is not None:
-                opened[index] = FlowStream(flow, self.below)
-        return opened
+    def place(self, indices: Iterable[int], answers: Sequence[Any]) -> None:
+        for index, answer in zip(indices, answers, strict=True):
+            self.replies[index] = answer
 
 
 class FlowStream(Stream):

@@ -4,6 +4,7 @@
 |---|---|
 | `Probe()` | `Capabilities` of the model |
 | `Generate(prompt, ...)` | `Generation` |
+| `GenerateIds(prompt_ids, ...)` | `Generation`, of a prompt given as token ids |
 | `OpenStream(Generate(...))`, then `ReadStream(stream)` | a stream, then `Chunk` or None at its end |
 | `Score(prompt, continuation, ...)` | `Scoring` |
 | `OpenRows(prompts)`, then `Advance(rows, token_id)` | `Rows`, then log-probabilities float32 [k, V] |
@@ -106,6 +107,15 @@ class Generate(Request[Generation]):
     prompt: Prompt
     documents: tuple[Passage, ...] | None = None
     answer_so_far: str = ""
+    sampling: Sampling = Sampling()
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateIds(Request[Generation]):
+    """Continue a prompt given as token ids (BOS included). Nothing is rendered, cut or stripped."""
+
+    prompt: tuple[int, ...]
     sampling: Sampling = Sampling()
     top_logprobs: int = 0
 

@@ -56,13 +56,15 @@ class TokenLogprob:
     """One token of a text with its log-probability in nats.
 
     `logprob` is None where the model gave none (an echoed first token). `top` holds the listed alternatives as
-    (token text, log-probability), best first, the chosen token included where it is among them.
+    (token text, log-probability), best first, the chosen token included where it is among them; `top_ids` are their
+    ids, where they are known (texts of different tokens can be equal).
     """
 
     token: str
     logprob: float | None
     token_id: int | None = None
     top: tuple[tuple[str, float], ...] = ()
+    top_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

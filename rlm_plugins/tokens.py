@@ -58,7 +58,7 @@ def encode_prompt(
         return with_bos(tokenizer, tokenizer.encode(text))
     chat = tokenizer.encode_chat(render_messages(template, prompt, documents))
     if chat is None:
-        text = _conversation_as_text(template, prompt, documents) + _spaced(template, answer_so_far)
+        text = conversation_as_text(template, prompt, documents) + _spaced(template, answer_so_far)
         return with_bos(tokenizer, tokenizer.encode(text))
     return (*chat, *tokenizer.encode(_spaced(template, answer_so_far)))
 
@@ -67,7 +67,7 @@ def _spaced(template: PromptTemplate, answer: str) -> str:
     return " " + answer if answer and template.answer_starts_with_space else answer
 
 
-def _conversation_as_text(template: PromptTemplate, messages: Sequence[Message], documents: Sequence[Passage]) -> str:
+def conversation_as_text(template: PromptTemplate, messages: Sequence[Message], documents: Sequence[Passage]) -> str:
     """A conversation for a model without a chat template: questions and answers in the template's words."""
     last = last_user_message(messages)
     parts: list[str] = []
@@ -133,8 +133,6 @@ def fit_prompt(
 
 def cut_document(tokenizer: Tokenizer, document: Passage, max_tokens: int) -> Passage:
     """The document with its text cut to its first `max_tokens` tokens, at a whole character."""
-    if len(document.text) <= max_tokens:  # a token is at least a character, or shares one
-        return document
     ids = tokenizer.encode(document.text)
     if len(ids) <= max_tokens:
         return document
@@ -179,12 +177,13 @@ class IncrementalText:
     ['n', '', 'é']
     """
 
-    _WINDOW = 8  # ids decoded again with each push: byte-level pieces of one character are at most 4
+    _WINDOW = 64  # ids held back at most. A character has up to 4 bytes; a text may hold U+FFFD itself, and rows of it
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._start = 0  # decoding begins here: enough context for tokenizers that glue spaces to the word before
+        self._start = 0  # decoding begins here, where a character does: the piece before gives the context that
+        # tokenizers need which glue spaces to the word before
         self._given = 0  # ids whose text was given out
 
     def push(self, token_id: int) -> str:
@@ -193,7 +192,7 @@ class IncrementalText:
         now = self._tokenizer.decode(self._ids[self._start :])
         if now.endswith("\ufffd") and len(self._ids) - self._given < self._WINDOW:
             return ""
-        self._start, self._given = max(self._start, self._given - 1, 0), len(self._ids)
+        self._start, self._given = self._given, len(self._ids)
         return now[len(before) :]
 
     def rest(self) -> str:
@@ -206,6 +205,8 @@ class IncrementalText:
 
 class StopText:
     """Text pieces to text pieces, ended by stop strings: what might be the beginning of one is held back.
+
+    The stop string that is complete first ends the text, however the text is cut into pieces.
 
     >>> text = StopText(("\\n\\n",))
     >>> text.push("a\\n"), text.push("b\\n"), text.push("\\nc"), text.stopped
@@ -221,10 +222,10 @@ class StopText:
         if self.stopped:
             return ""
         text = self._held + piece
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max(
             (n for stop in self._stop for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])),
             default=0,
