@@ -7,7 +7,8 @@ the paper, and why, stands in `weights` and `mixture`; the paper's own settings 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
@@ -23,7 +24,7 @@ from ...prompts import Prompt, PromptTemplate, question_of
 from ...requests import Generate, Probe, Request, Retrieve, Sampling, Score, ScoreRows
 from ...retrieval.scores import Scores, scored
 from ...texts import Generation, Passage, Scoring, TokenLogprob, Usage
-from ...tokens import TokenIds, Tokenizer, fit_prompt
+from ...tokens import TokenIds, Tokenizer, answer_lead, fit_prompt
 from .mixture import Floats, Pool, TokenMixture, mixture_logprobs
 from .weights import Weighting, passage_weights
 
@@ -109,6 +110,7 @@ class Replug(FlowModel):
 
     Documents come from the call (`documents=`) or else from `retriever`, and carry their scores; `scores` says how to
     score them anew ("embeddings" needs `embedder`; None keeps what they carry). Without scores the weights are uniform.
+    `query` makes of the prompt the text that is looked up and scored against.
 
     Costs k prompts per answer. Raises, before the model is called: `RetrievalError` when nothing was found and there is
     no null document, `UsageError` for scores that cannot be weighed, `Unsupported` where the model gives too little.
@@ -121,6 +123,7 @@ class Replug(FlowModel):
         retriever: Retriever | None = None,
         embedder: Embedder | None = None,
         scores: Scores | None = None,
+        query: Callable[[Prompt], str] = question_of,
         template: PromptTemplate | None = None,
         sampling: Sampling | None = None,
         settings: ReplugSettings | None = None,
@@ -144,6 +147,7 @@ class Replug(FlowModel):
         self.sampling = sampling or lm.sampling
         self.has_retriever = retriever is not None
         self._scores = scores
+        self._query = query
         self.below = Router(lm, retriever=retriever, embedder=embedder)
 
     @property
@@ -189,7 +193,7 @@ class Replug(FlowModel):
             self._tokenizer(),
             sampling,
             top_logprobs=wanted,
-            strip_first_space=self.template.answer_starts_with_space,
+            lead="" if request.answer_so_far else self._lead(request.prompt, experts),
         )
         trace = None
         if self.settings.trace != "off":
@@ -237,7 +241,7 @@ class Replug(FlowModel):
 
     def _passages(self, prompt: Prompt, given: tuple[Passage, ...] | None) -> Flow[tuple[Passage, ...]]:
         """The documents, from the call or the retriever, scored."""
-        query = question_of(prompt)
+        query = self._query(prompt)
         passages = given
         if passages is None:
             if not self.has_retriever:
@@ -281,6 +285,9 @@ class Replug(FlowModel):
             sent.append(cut[0] if cut else None)
         return _Experts(tuple(sent), tuple(prompts), weights)
 
+    def _lead(self, prompt: Prompt, experts: _Experts) -> str:
+        return answer_lead(self._tokenizer(), self.template, prompt, experts.prompts[0])
+
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise Unsupported("the token mixture", "tokenizer", found=None, remedy="pass the model's tokenizer")
@@ -296,7 +303,7 @@ class Replug(FlowModel):
             entry: dict[str, Any] = {
                 "id": passage and passage.id,
                 "title": passage and passage.title,
-                "score": passage and passage.score,
+                "score": None if passage is None or passage.score is None else float(passage.score),
                 "score_kind": passage and passage.score_kind,
                 "weight": float(weights[d]),
                 "posterior_weight": float(posterior[d]),
@@ -309,7 +316,7 @@ class Replug(FlowModel):
             documents.append(entry)
         trace: dict[str, Any] = {
             "version": 1,
-            "query": question_of(request.prompt),
+            "query": self._query(request.prompt),
             "answer": decoded.text,
             "model": self.name,
             "ensemble": "token",
@@ -332,10 +339,14 @@ class Replug(FlowModel):
                 "responsibilities": [[_digits(share) for share in row] for row in mixer.decided[:count]],
                 "decided_by": [int(row.argmax()) for row in mixer.decided[:count]],
                 "changed_without": mixer.missed[:count] if mixer.greedy else [],
-                "top": [[[text, _digits(logprob)] for text, logprob in token.top] for token in decoded.tokens],
+                "top": [
+                    [[text, _digits(logprob)] for text, logprob in token.top if logprob > -math.inf]
+                    for token in decoded.tokens
+                ],
             }
         return trace
 
 
 def _digits(value: float | None) -> float | None:
-    return None if value is None else round(float(value), 4)
+    """Four digits; None for what is not known, and for the logarithm of 0, which JSON cannot say."""
+    return None if value is None or value == -math.inf else round(float(value), 4)
