@@ -18,7 +18,16 @@ from .mixtures import nucleus, temper
 from .prompts import PromptTemplate, render_messages, render_text
 from .requests import Advance, Emit, OpenRows, Sampling, Score
 from .texts import Chunk, FinishReason, Generation, Passage, TokenLogprob, Usage
-from .tokens import IncrementalText, StopText, TokenIds, Tokenizer, continuation_ids, fit_prompt, with_bos
+from .tokens import (
+    IncrementalText,
+    StopText,
+    TokenIds,
+    Tokenizer,
+    answer_lead,
+    continuation_ids,
+    fit_prompt,
+    with_bos,
+)
 
 Floats = NDArray[np.floating[Any]]
 
@@ -61,12 +70,13 @@ def decode_rows(
     sampling: Sampling,
     *,
     top_logprobs: int = 0,
-    strip_first_space: bool = False,
+    lead: str = "",
 ) -> Flow[Decoded]:
     """Write one text as the common continuation of k prompts. Emits a `Chunk` per piece of text.
 
     At each step every row gives log p_d(v) at the sampling temperature (1 when greedy), `mixer` makes them one
-    distribution, top-p cuts it, one token is chosen and appended to *all* rows. Raises `ModelError` when a row is NaN.
+    distribution, top-p cuts it, one token is chosen and appended to *all* rows. `lead` (see `answer_lead`) is
+    taken off the beginning of the text where it stands there. Raises `ModelError` when a row is NaN.
     """
     rows = yield from ask(OpenRows(tuple(prompts)))
     logprobs: Floats = rows.logprobs
@@ -76,7 +86,7 @@ def decode_rows(
     ids: list[int] = []
     tokens: list[TokenLogprob] = []
     finish: FinishReason = "length"
-    lead = " " if strip_first_space else ""
+    told = 0  # tokens that a chunk carried
     while len(ids) < sampling.max_tokens:
         if np.isnan(logprobs).any():
             row = int(np.isnan(logprobs).any(axis=1).argmax())
@@ -95,7 +105,8 @@ def decode_rows(
         text = stop.push(piece)
         if text:
             emitted.append(text)
-            yield [Emit(Chunk(text, (tokens[-1],)))]
+            yield [Emit(Chunk(text, tuple(tokens[told:])))]
+            told = len(tokens)
         if stop.stopped:
             finish = "stop"
             break
@@ -105,7 +116,7 @@ def decode_rows(
         text = stop.push(_without_lead(pieces.rest(), lead)[0]) + stop.rest()
         if text:
             emitted.append(text)
-            yield [Emit(Chunk(text))]
+            yield [Emit(Chunk(text, tuple(tokens[told:])))]
     usage = Usage(
         calls=len(prompts),
         prompt_tokens=rows.prompt_tokens,
@@ -156,13 +167,13 @@ def scoring_rows(
 
     Raises `UsageError` for an empty continuation.
     """
-    space = " " if template.answer_starts_with_space else ""
     end = (min(tokenizer.end_ids),) if request.include_end and tokenizer.end_ids else ()
     if request.include_end and not end:
         raise UsageError("include_end needs a tokenizer with an end token, and this one has none")
     if not request.continuation:
         raise UsageError("the continuation to score is empty: its log-probability would be 0 whatever the context")
-    reserve = len(tokenizer.encode(space + request.continuation)) + len(end)
+    lead = " " if template.answer_starts_with_space else ""  # the most that `answer_lead` says
+    reserve = len(tokenizer.encode(lead + request.continuation)) + len(end)
     prompts: list[TokenIds] = []
     targets: list[TokenIds] = []
     for documents in document_sets:
@@ -175,12 +186,12 @@ def scoring_rows(
             reserve=reserve,
             max_document_tokens=max_document_tokens,
         )
+        text = answer_lead(tokenizer, template, request.prompt, ids) + request.continuation
         if isinstance(request.prompt, str):
-            context = render_text(template, request.prompt, sent)
-            before, after = continuation_ids(tokenizer, context, space + request.continuation)
+            before, after = continuation_ids(tokenizer, render_text(template, request.prompt, sent), text)
             ids = with_bos(tokenizer, before)
         elif tokenizer.encode_chat(render_messages(template, request.prompt, sent)) is not None:
-            after = tokenizer.encode(space + request.continuation)
+            after = tokenizer.encode(text)
         else:
             raise UsageError("scoring after a conversation needs a tokenizer with a chat template; pass a question")
         prompts.append(ids)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -95,8 +96,9 @@ def together(flows: Iterable[Flow[T]]) -> Flow[list[T]]:
                 advance(index, replies[start : start + len(batch)])
                 start += len(batch)
     finally:
-        for flow in running:
-            flow.close()
+        with ExitStack() as closing:  # all are closed, even if one will not be
+            for flow in reversed(running):
+                closing.callback(flow.close)
     return results
 
 
@@ -140,9 +142,9 @@ class _Course(Generic[T]):
         asked = len(self.asked)
         if isinstance(answers, Failed):
             answers = [answers] * asked
+        self.opened += [answer for answer in answers if isinstance(answer, Resource)]
         if len(answers) != asked:
             raise RuntimeError(f"a handler was asked {asked} things and answered {len(answers)}")
-        self.opened += [answer for answer in answers if isinstance(answer, Resource)]
         waiting = iter(answers)
         self._advance([None if isinstance(request, Emit) else next(waiting) for request in self.batch])
 
@@ -173,9 +175,12 @@ def iterate(flow: Flow[T], handler: Handler, *, deadline: float | None = None) -
                 course.reply(answers)
         return cast(T, course.value)
     finally:
-        flow.close()
-        for resource in reversed(course.opened if course else []):
-            resource.close()
+        with (
+            ExitStack() as closing
+        ):  # the flow first, then the resources, the last opened first; one failure stops none
+            for resource in course.opened if course else []:
+                closing.callback(resource.close)
+            closing.callback(flow.close)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +212,10 @@ async def _adrive(flow: Flow[Any], handler: Handler, deadline: float | None) -> 
                 course.reply(answers)
         yield _Result(course.value)
     finally:
-        flow.close()
-        for resource in reversed(course.opened if course else []):
-            await resource.aclose()
+        async with AsyncExitStack() as closing:
+            for resource in course.opened if course else []:
+                closing.push_async_callback(resource.aclose)
+            closing.callback(flow.close)
 
 
 async def aiterate(flow: Flow[Any], handler: Handler, *, deadline: float | None = None) -> AsyncGenerator[Any, None]:

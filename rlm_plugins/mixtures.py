@@ -39,8 +39,12 @@ def log_weights(weights: ArrayLike) -> Floats:
 
 
 def temper(logprobs: Floats, temperature: float) -> Floats:
-    """Each row at a temperature: log_softmax(logprobs / T), [..., V]."""
-    return logprobs if temperature == 1.0 else log_softmax(logprobs / logprobs.dtype.type(temperature))
+    """Each row at a temperature: log_softmax(logprobs / T), [..., V]. The smallest T leave only a row's best token."""
+    if temperature == 1.0:
+        return logprobs
+    divisor = np.clip(temperature, np.finfo(logprobs.dtype).tiny, np.finfo(logprobs.dtype).max)
+    with np.errstate(over="ignore"):
+        return log_softmax((logprobs - logprobs.max(axis=-1, keepdims=True)) / logprobs.dtype.type(divisor))
 
 
 def mixture(log_weights: Floats, logprobs: Floats) -> Floats:
@@ -56,11 +60,17 @@ def mixture(log_weights: Floats, logprobs: Floats) -> Floats:
 def geometric_mixture(log_weights: Floats, logprobs: Floats) -> Floats:
     """log of the normalised product prod_d p_d(v)^w_d, [k, V] to [V]: a product of experts: any one document can veto.
 
-    It is what averaging logits computes.
+    It is what averaging logits computes. Raises `UsageError` where every token is vetoed.
     """
     weights = np.exp(log_weights).astype(logprobs.dtype)
     used = weights > 0  # a document of weight 0 has no say, not even by a probability of zero: 0 * -inf is no number
-    return log_softmax(weights[used] @ logprobs[used])
+    product = weights[used] @ logprobs[used]
+    if np.isneginf(product).all():
+        raise UsageError(
+            "every next token is impossible under some document, so the product of the documents is zero everywhere: "
+            'use pool="probability"'
+        )
+    return log_softmax(product)
 
 
 def responsibilities(log_weights: Floats, token_logprobs: Floats) -> Floats:
@@ -75,9 +85,11 @@ def responsibilities(log_weights: Floats, token_logprobs: Floats) -> Floats:
 
 def posterior_log_weights(log_weights: Floats, token_logprobs: Floats) -> Floats:
     """log of w_d p_d(y) / sum_e w_e p_e(y), [k]: the weights after a token was seen. With them the conditionals chain
-    to the sequence-level mixture of RAG-Sequence (Lewis et al. 2020)."""
+    to the sequence-level mixture of RAG-Sequence (Lewis et al. 2020). What no document can have written teaches
+    nothing: the weights stay."""
     joint = log_weights + token_logprobs
-    return joint - _log_sum_exp(joint[:, None])[0]
+    total = _log_sum_exp(joint[:, None])[0]
+    return log_weights if np.isneginf(total) else joint - total
 
 
 def leave_one_out_choices(log_weights: Floats, logprobs: Floats) -> NDArray[np.intp]:
@@ -85,7 +97,13 @@ def leave_one_out_choices(log_weights: Floats, logprobs: Floats) -> NDArray[np.i
     if len(log_weights) == 1:
         return logprobs.argmax(axis=-1)
     weighted = np.exp(logprobs.astype(np.float64) + log_weights[:, None])
-    return (weighted.sum(axis=0) - weighted).argmax(axis=-1)
+    choices = (weighted.sum(axis=0) - weighted).argmax(axis=-1)
+    # Beside a document that has nearly all the weight the others are lost in the rounding of the difference.
+    heaviest = int(np.argmax(log_weights))
+    others = np.delete(log_weights, heaviest)
+    others = others - others.max() if np.isfinite(others.max()) else np.zeros(len(others))
+    choices[heaviest] = mixture(others, np.delete(logprobs, heaviest, axis=0).astype(np.float64)).argmax()
+    return choices
 
 
 def nucleus(logprobs: Floats, top_p: float) -> Floats:

@@ -60,7 +60,20 @@ def encode_prompt(
     if chat is None:
         text = conversation_as_text(template, prompt, documents) + _spaced(template, answer_so_far)
         return with_bos(tokenizer, tokenizer.encode(text))
-    return (*chat, *tokenizer.encode(_spaced(template, answer_so_far)))
+    lead = answer_lead(tokenizer, template, prompt, chat)
+    return (*chat, *tokenizer.encode(lead + answer_so_far if answer_so_far else ""))
+
+
+def answer_lead(tokenizer: Tokenizer, template: PromptTemplate, prompt: Prompt, prompt_ids: Sequence[int]) -> str:
+    """What stands between a prompt and the answer and belongs to neither: one space or nothing.
+
+    Says `template.answer_starts_with_space`; but where a chat template ends in white space (a new line after the
+    assistant's name), the answer follows at once.
+    """
+    if not template.answer_starts_with_space:
+        return ""
+    ends_in_space = not isinstance(prompt, str) and tokenizer.decode(prompt_ids[-4:])[-1:].isspace()
+    return "" if ends_in_space else " "
 
 
 def _spaced(template: PromptTemplate, answer: str) -> str:

@@ -18,7 +18,7 @@ from ..models import FlowModel
 from ..prompts import QUESTION_ANSWER, PromptTemplate
 from ..requests import Advance, Generate, OpenRows, Probe, Request, Rows, Score, ScoreRows
 from ..texts import Generation, Scoring, TokenLogprob, Usage
-from ..tokens import TokenIds, Tokenizer, fit_prompt
+from ..tokens import TokenIds, Tokenizer, answer_lead, fit_prompt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,7 +136,7 @@ class LocalModel(FlowModel):
             self._tokenizer,
             request.sampling,
             top_logprobs=request.top_logprobs,
-            strip_first_space=self.template.answer_starts_with_space,
+            lead="" if request.answer_so_far else answer_lead(self._tokenizer, self.template, request.prompt, ids),
         )
         generation = Generation(decoded.text, decoded.tokens, decoded.finish_reason, decoded.usage)
         yield from announce(generation)

@@ -58,8 +58,9 @@ def document_weights(
         )
     if not 0 < temperature < float("inf"):
         raise UsageError(f"weight_temperature must be a finite number above 0, got {temperature!r}")
-    sign = -1.0 if kind in _SMALLER_IS_BETTER else 1.0
-    return np.exp(log_softmax(sign * array / temperature)).astype(np.float64)
+    better = -array if kind in _SMALLER_IS_BETTER else array
+    with np.errstate(over="ignore"):  # a difference too large for a float is a weight of 0
+        return np.exp(log_softmax((better - better.max()) / temperature)).astype(np.float64)
 
 
 def passage_weights(
@@ -67,8 +68,10 @@ def passage_weights(
 ) -> NDArray[np.float64]:
     """Weights [k] of passages by the scores they carry; uniform where none carries one.
 
-    Raises `UsageError` when only some are scored, or by different kinds of score.
+    Raises `UsageError` when only some are scored, or by different kinds of score, unless `weights` is uniform.
     """
+    if weights == "uniform":
+        return document_weights([0.0] * len(passages), "uniform")
     kinds = {passage.score_kind for passage in passages}
     if len(kinds) > 1:
         raise UsageError(
