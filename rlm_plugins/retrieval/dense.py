@@ -100,7 +100,8 @@ class DenseRetriever(Retriever):
         """Embed passages and add them: all of them, or none where this raises.
 
         The index is copied, so that searches under way are not disturbed: add many at a time. Raises `UsageError` for
-        an id that is there already or occurs twice, `RetrievalError` for unusable embeddings.
+        an id that is there already or occurs twice and where the index refuses; `RetrievalError` for unusable
+        embeddings.
         """
         named = self._new(passages)
         self._insert(named, run(self._embedded(named), self._embedder))
@@ -185,9 +186,15 @@ class DenseRetriever(Retriever):
             else:
                 checked(vectors, [passage.text for passage in passages], dimension=int(stored.index.d))
                 index = faiss.clone_index(stored.index)
-            if not index.is_trained:
-                index.train(vectors)
-            index.add(vectors)
+            try:
+                if not index.is_trained:
+                    index.train(vectors)
+                index.add(vectors)
+            except RuntimeError as error:
+                raise UsageError(
+                    f"the faiss index ({type(index).__name__}) refuses {len(vectors)} vectors: {error}; "
+                    "train it beforehand, or use the exact index (index=None)"
+                ) from error
             self._stored = _Stored(index, stored.passages + passages, rows)
 
     # --- searching ---

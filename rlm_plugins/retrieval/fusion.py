@@ -31,7 +31,8 @@ def fuse(rankings: Sequence[Sequence[Passage]], *, k_constant: float = 60.0) -> 
     """
     if not k_constant > 0:
         raise UsageError(f"k_constant must be above 0, got {k_constant!r}")
-    named = {content_id(p): p.id for ranking in rankings for p in reversed(ranking) if p.id is not None}
+    met_first = reversed([passage for ranking in rankings for passage in ranking])
+    named = {content_id(passage): passage.id for passage in met_first if passage.id is not None}
     first: dict[str, Passage] = {}
     sums: dict[str, float] = {}
     for ranking in rankings:

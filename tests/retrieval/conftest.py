@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import faiss
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -47,6 +48,12 @@ class HashingEmbedder(Embedder):
             seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
             vector += np.random.default_rng(seed).standard_normal(self.dimension)
         return vector.astype(np.float32)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Small searches are slowed by many threads, most of all on a busy machine."""
+    faiss.omp_set_num_threads(1)
 
 
 @pytest.fixture
