@@ -79,16 +79,16 @@ def tiny(kind: str) -> Any:
     elif kind == "mistral":
         model = hf.MistralForCausalLM(hf.MistralConfig(sliding_window=8, num_key_value_heads=2, **shape, **ends))
     elif kind == "bloom":
-        model = hf.BloomForCausalLM(
-            hf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2, **ends)
-        )
+        model = hf.BloomForCausalLM(hf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2, **ends))
     elif kind == "mamba":
         model = hf.MambaForCausalLM(
             hf.MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=2, initializer_range=0.2, **ends)
         )
     else:
         heads = 2 if kind == "llama_grouped" else 4
-        model = hf.LlamaForCausalLM(hf.LlamaConfig(num_key_value_heads=heads, tie_word_embeddings=True, **shape, **ends))
+        model = hf.LlamaForCausalLM(
+            hf.LlamaConfig(num_key_value_heads=heads, tie_word_embeddings=True, **shape, **ends)
+        )
     return model.eval()
 
 

@@ -84,13 +84,13 @@ class PrefixCache(Generic[Payload]):
             self._blocks.move_to_end(key)
 
 
-def batches(lengths: Sequence[int], *, limit: int | None = None, per_batch: int = 64) -> list[list[int]]:
+def batches(lengths: Sequence[int], *, limit: int, per_batch: int = 64) -> list[list[int]]:
     """Indices of rows to compute together: the split with the fewest tokens, padding included.
 
     A batch costs its size times its longest row, and `per_batch` tokens more for being one; one of several rows stays
     within `limit` tokens.
 
-    >>> batches([500, 30, 510, 20])
+    >>> batches([500, 30, 510, 20], limit=4096)
     [[3, 1], [0, 2]]
     """
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
@@ -99,8 +99,7 @@ def batches(lengths: Sequence[int], *, limit: int | None = None, per_batch: int 
         longest = lengths[order[end - 1]]
         best, at = min(
             (cost[begin] + (end - begin) * longest + per_batch, begin)
-            for begin in range(end)
-            if limit is None or end - begin == 1 or (end - begin) * longest <= limit
+            for begin in range(max(0, end - max(1, limit // max(1, longest))), end)
         )
         cost.append(best)
         start.append(at)

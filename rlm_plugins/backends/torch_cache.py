@@ -84,9 +84,9 @@ class RoomyCache:
             if start < end:
                 buffer[:, row, :, start:end] = torch.cat([block[index] for block in blocks], dim=2)[:, :, : end - start]
 
-    def take(self, row: int, start: int, end: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """A copy of a row's columns, [L, H, T, d] each, and its bytes."""
-        keys, values = (buffer[:, row, :, start:end].clone() for buffer in self.buffers)
+    def take(self, row: int, first: int, start: int, end: int) -> tuple[tuple[Tensor, Tensor], int]:
+        """A copy of a row's positions, whose text begins in column `first`: [L, H, T, d] each, and its bytes."""
+        keys, values = (buffer[:, row, :, first + start : first + end].clone() for buffer in self.buffers)
         return (keys, values), keys.nbytes + values.nbytes
 
     @staticmethod

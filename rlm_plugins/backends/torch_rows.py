@@ -25,6 +25,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -32,65 +33,29 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-from ..errors import UsageError
 from ..requests import Rows
 from ..tokens import TokenIds
 from .prefix_cache import PrefixCache, batches
+from .row_jobs import Job, RowSet, last_ids, reading, scoring, spread_of
 from .torch_cache import ROOM, CacheShape, RoomyCache, cache_shape
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_Job = Job[tuple[Tensor, Tensor]]
+
 _SCORE_BYTES = 1 << 28  # logits that one batch of scores may hold
-
-
-class TorchRowSet(Rows):
-    """k prompts under way. Equal prompts stay equal, since they get the same tokens: they are computed once, and
-    `spread` [k] says which computed row is whose."""
-
-    def __init__(self, parts: list[_Part], spread: list[int], *, prompt_tokens: int, cached: int) -> None:
-        self.parts = parts
-        self.logprobs_now: NDArray[np.float32] | None = None
-        self._spread = None if spread == list(range(len(spread))) else spread
-        self._prompt_tokens = prompt_tokens
-        self._cached = cached
-
-    @property
-    def logprobs(self) -> NDArray[np.float32]:
-        assert self.logprobs_now is not None
-        return self.logprobs_now
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self._prompt_tokens
-
-    @property
-    def cached_prompt_tokens(self) -> int:
-        return self._cached
-
-    def settle(self, logits: Sequence[Tensor]) -> NDArray[np.float32]:
-        """Logits [B, V] of each part become the log-probabilities of all rows."""
-        together = logits[0] if len(logits) == 1 else torch.cat(list(logits))
-        logprobs = torch.log_softmax(together.float(), dim=-1)
-        self.logprobs_now = (logprobs if self._spread is None else logprobs[self._spread]).cpu().numpy()
-        return self.logprobs_now
-
-    def close(self) -> None:
-        self.parts = []
-
-    async def aclose(self) -> None:
-        self.close()
 
 
 class TorchRows:
     """The `RowRunner` of a Hugging Face causal model.
 
     `prefix_cache_bytes` bounds the stored beginnings of prompts (0: none); `max_batch_tokens` the tokens, padding
-    included, of one forward pass over prompts (None: all at once).
+    included, of one forward pass over prompts.
     """
 
-    def __init__(self, model: Any, *, prefix_cache_bytes: int, max_batch_tokens: int | None) -> None:
+    def __init__(self, model: Any, *, prefix_cache_bytes: int, max_batch_tokens: int) -> None:
         self.model = model
         self.prefixes = PrefixCache[tuple[Tensor, Tensor]](prefix_cache_bytes)
         self.computed_tokens = 0
@@ -106,54 +71,48 @@ class TorchRows:
     # -- what a backend is asked ---------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def open_rows(self, prompts: tuple[TokenIds, ...]) -> TorchRowSet:
-        distinct = {ids: index for index, ids in enumerate(dict.fromkeys(prompts))}
-        jobs = [self._job(ids, 1) for ids in distinct]
+    def open_rows(self, prompts: tuple[TokenIds, ...]) -> RowSet[_Part]:
+        distinct = list(dict.fromkeys(prompts))
+        self._look_once()
+        jobs = [reading(prompt, self.prefixes) for prompt in distinct]
         before = self.computed_tokens
         parts: list[_Part] = []
         logits: list[Tensor] = []
-        order: list[int] = []
-        for group in self._groups(jobs):
+        groups = self._groups(jobs, under_way=True)
+        for group in groups:
             part, last = self._prefill([jobs[index] for index in group])
             parts.append(part)
             logits.append(last[:, -1])
-            order += group
-        if len(parts) > 1 and all(isinstance(part.cache, RoomyCache) for part in parts):
-            parts, logits = [_merged(parts)], [torch.cat(logits)]
-        place = {index: at for at, index in enumerate(order)}
-        total = sum(map(len, prompts))
-        rows = TorchRowSet(
+        if len(parts) > 1 and self.shape.kind == "full":
+            parts = [_merged(parts)]
+        rows = RowSet(
             parts,
-            [place[distinct[ids]] for ids in prompts],
-            prompt_tokens=total,
+            spread_of(prompts, distinct, [index for group in groups for index in group]),
+            prompt_tokens=(total := sum(map(len, prompts))),
             cached=total - (self.computed_tokens - before),
         )
-        rows.settle(logits)
+        _settle(rows, logits)
         return rows
 
     @torch.inference_mode()
     def advance(self, rows: Rows, token_id: int) -> NDArray[np.float32]:
-        rows = cast(TorchRowSet, rows)
-        if not rows.parts:
-            raise UsageError("these rows are closed: open the prompts again to go on")
-        return rows.settle([self._step(part, token_id) for part in rows.parts])
+        rows = cast(RowSet[_Part], rows)
+        return _settle(rows, [self._step(part, token_id) for part in rows.open_parts()])
 
     @torch.inference_mode()
     def score_rows(
         self, prompts: tuple[TokenIds, ...], continuations: tuple[TokenIds, ...]
     ) -> list[NDArray[np.float32]]:
-        jobs = [
-            self._job((*prompt, *rest[:-1]), max(len(rest), 1), prompt=prompt)  # the last token is foretold, never read
-            for prompt, rest in zip(prompts, continuations, strict=True)
-        ]
+        self._look_once()
+        jobs = [scoring(*row, self.prefixes) for row in zip(prompts, continuations, strict=True)]
         scores: list[NDArray[np.float32]] = [torch.zeros(0).numpy()] * len(jobs)
-        keep = max((job.keep for job in jobs), default=1)
-        rows_at_once = max(1, _SCORE_BYTES // (4 * keep * self._vocabulary))
-        for group in self._groups(jobs):
+        most_logits = 4 * self._vocabulary * max((job.keep for job in jobs), default=1)
+        rows_at_once = max(1, _SCORE_BYTES // most_logits)
+        for group in self._groups(jobs, under_way=False):
             for at in range(0, len(group), rows_at_once):
                 chunk = group[at : at + rows_at_once]
                 for index, logits in zip(chunk, self._prefill([jobs[index] for index in chunk])[1], strict=True):
-                    target = torch.tensor(continuations[index], device=self._device)
+                    target = torch.tensor(continuations[index], dtype=torch.long, device=self._device)
                     logprobs = torch.log_softmax(logits[logits.shape[0] - len(target) :].float(), dim=-1)
                     scores[index] = logprobs.gather(-1, target[:, None])[:, 0].cpu().numpy()
         return scores
@@ -167,33 +126,32 @@ class TorchRows:
     @property
     def shape(self) -> CacheShape:
         """How the model keeps what it has read; found out with one token, once."""
+        self._look_once()
+        assert self._shape is not None
+        return self._shape
+
+    def _look_once(self) -> None:
         if self._shape is None:
             self._shape = self._look()
-        return self._shape
+            if self._shape.kind != "full":
+                self.prefixes.budget = 0
 
     def _look(self) -> CacheShape:
         if not self._takes_cache:
             return CacheShape("none")
         cache = DynamicCache(config=self.model.config)
         one = torch.zeros((1, 1), dtype=torch.long, device=self._device)
-        if self.model(input_ids=one, past_key_values=cache, use_cache=True).past_key_values is not cache:
+        output = self.model(input_ids=one, past_key_values=cache, use_cache=True)
+        if getattr(output, "past_key_values", None) is not cache:
             return CacheShape("none")
         return cache_shape(cache) if self._takes_positions else CacheShape("state")
 
-    def _job(self, ids: TokenIds, keep: int, *, prompt: TokenIds | None = None) -> _Job:
-        prompt = ids if prompt is None else prompt
-        if not prompt:
-            raise UsageError("a prompt has no tokens, so nothing can follow from it: begin with a word or with BOS")
-        blocks = self.prefixes.find(ids) if self.shape.kind == "full" else []
-        known = min(len(blocks) * self.prefixes.block, len(ids) - keep)
-        return _Job(ids, len(prompt), keep, blocks, len(ids) - known)
-
-    def _groups(self, jobs: Sequence[_Job]) -> list[list[int]]:
-        """Which rows to compute together."""
+    def _groups(self, jobs: Sequence[_Job], *, under_way: bool) -> list[list[int]]:
+        """Which rows to compute together; `under_way` says that they are to be continued."""
         if self.shape.kind in ("state", "none"):
             lengths = sorted({len(job.ids) for job in jobs})
             return [[index for index, job in enumerate(jobs) if len(job.ids) == length] for length in lengths]
-        if self.shape.kind == "windows" and self._max_batch_tokens is None:
+        if self.shape.kind == "windows" and under_way:
             return [list(range(len(jobs)))]  # such parts cannot be merged again, and every part costs a pass per token
         return batches([job.to_compute for job in jobs], limit=self._max_batch_tokens)
 
@@ -205,7 +163,7 @@ class TorchRows:
         columns = max(lengths)
         computed = max(job.to_compute for job in jobs)
         self.computed_tokens += sum(min(computed, length) for length in lengths)
-        ids = torch.tensor([_left(job.ids, computed) for job in jobs], device=self._device)
+        ids = torch.tensor([last_ids(job, computed) for job in jobs], device=self._device)
         starts = torch.tensor([columns - length for length in lengths], device=self._device)
         counted = torch.arange(columns + ROOM, device=self._device) - starts[:, None]
         mask = (counted >= 0).long()
@@ -223,11 +181,7 @@ class TorchRows:
         logits = self._forward(ids, mask[:, :columns], positions[:, columns - computed : columns], cache, keep)
         if isinstance(cache, RoomyCache):
             for row, job in enumerate(jobs):
-                start = columns - lengths[row]
-                self.prefixes.add(
-                    job.ids[: job.prompt_length],
-                    lambda a, b, row=row, start=start: cache.take(row, start + a, start + b),
-                )
+                self.prefixes.add(job.ids[: job.prompt_length], partial(cache.take, row, columns - lengths[row]))
         return part, logits
 
     def _step(self, part: _Part, token_id: int) -> Tensor:
@@ -259,18 +213,6 @@ class TorchRows:
         return self.model(**inputs).logits[:, -keep:]
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A row to compute. Of its `ids` the first `prompt_length` are worth storing, and the last `keep` need logits."""
-
-    ids: TokenIds
-    prompt_length: int
-    keep: int
-    blocks: list[tuple[Tensor, Tensor]]
-    to_compute: int
-    """Tokens left when all that is stored, and wanted, is used."""
-
-
 @dataclass(slots=True)
 class _Part:
     """Rows that advance together."""
@@ -297,7 +239,9 @@ def _merged(parts: Sequence[_Part]) -> _Part:
     )
 
 
-def _left(ids: TokenIds, columns: int) -> list[int]:
-    """The last ids, padded on the left with any id: what stands there is masked."""
-    last = ids[-columns:]
-    return [0] * (columns - len(last)) + list(last)
+def _settle(rows: RowSet[_Part], logits: Sequence[Tensor]) -> NDArray[np.float32]:
+    """Logits [B, V] of each part become the log-probabilities of all rows, [k, V]."""
+    together = logits[0] if len(logits) == 1 else torch.cat(list(logits))
+    logprobs = torch.log_softmax(together.float(), dim=-1)
+    rows.current = (logprobs if rows.spread is None else logprobs[rows.spread]).cpu().numpy()
+    return rows.current

@@ -49,7 +49,7 @@ class TransformersLM(LocalModel):
         template: PromptTemplate = QUESTION_ANSWER,
         context_window: int | None = None,
         prefix_cache_bytes: int = 512 << 20,
-        max_batch_tokens: int | None = None,
+        max_batch_tokens: int = 16384,
     ) -> None:
         for package in ("torch", "transformers"):
             if find_spec(package) is None:

@@ -1,0 +1,43 @@
+"""The embedded reader: a small language model that comes with the library, trained to answer from documents of made-up
+worlds. It makes the demo, the examples and the tests run offline; it knows nothing of the real world."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..errors import MissingExtra, UsageError
+
+if TYPE_CHECKING:
+    from ..backends.local import LocalModel
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def embedded_reader(backend: Literal["auto", "numpy", "torch"] = "auto") -> LocalModel:
+    """The embedded reader. `auto` runs it in torch where torch and transformers are installed, else in numpy: the same
+    weights and, within 1e-4, the same log-probabilities.
+
+    Raises `MissingExtra` for `torch` without them, `UsageError` where the weights are missing.
+    """
+    if backend not in ("auto", "numpy", "torch"):
+        raise UsageError(f'backend must be "auto", "numpy" or "torch", got {backend!r}')
+    if not (WEIGHTS / "model.safetensors").is_file():
+        raise UsageError(
+            f"the embedded reader's weights are not in {WEIGHTS}: install a released package, or train them with "
+            "python tools/train_reader.py --out rlm_plugins/reader/weights"
+        )
+    missing = [package for package in ("torch", "transformers") if find_spec(package) is None]
+    if backend == "torch" and missing:
+        raise MissingExtra('embedded_reader("torch")', missing[0], "local")
+    if backend == "numpy" or missing:
+        from ..backends.numpy_reader import NumpyLM
+
+        return NumpyLM(WEIGHTS, name="embedded-reader")
+    from ..backends.transformers_local import TransformersLM
+
+    return TransformersLM(str(WEIGHTS), device="cpu", name="embedded-reader")
+
+
+__all__ = ["embedded_reader"]
