@@ -10,3 +10,10 @@ except ModuleNotFoundError as error:
     if error.name != "langchain_core":
         raise
     raise MissingExtra("langchain_rlm", "langchain-core", "langchain") from error
+
+from .embeddings import RLMEmbeddings
+from .frozen_lm import FrozenLM
+from .replug import ChatReplug
+from .retriever import ReplugRetriever
+
+__all__ = ["ChatReplug", "FrozenLM", "RLMEmbeddings", "ReplugRetriever"]

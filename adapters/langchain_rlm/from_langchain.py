@@ -27,16 +27,22 @@ if TYPE_CHECKING:
 
 
 def passage_from_document(
-    document: Document, *, score: float | None = None, score_kind: ScoreKind | None = None
+    document: Document,
+    *,
+    score: float | None = None,
+    score_kind: ScoreKind | None = None,
+    id_key: str | None = None,
 ) -> Passage:
     """A document as a passage. The title is `metadata["title"]` where that is a string; the metadata is a copy.
 
-    Raises `UsageError` for a score without its kind, or one that is not finite.
+    Several stores return documents without their id; `id_key` names the field of the metadata that has it (Qdrant's is
+    "_id"), used where `document.id` is None. Raises `UsageError` for a score without its kind, or one that is not finite.
     """
     title = document.metadata.get("title")
+    kept = None if id_key is None else document.metadata.get(id_key)
     return Passage(
         document.page_content,
-        id=document.id,
+        id=document.id if document.id is not None or kept is None else str(kept),
         title=title if isinstance(title, str) else None,
         score=score,
         score_kind=score_kind,
@@ -62,7 +68,8 @@ class LangChainRetriever(Retriever):
     - A retriever is invoked with `config`, so that the callbacks and tags of a run reach it, and its answer is cut to
       k. It decides itself how many it finds; only one made by `store.as_retriever()` without a `k` is told ours.
 
-    Documents without an id are named by their content, so that they can be excluded too. Scores are None: what a store
+    Documents without an id (see `id_key` in `passage_from_document`) are named by their content, so that they can be
+    excluded too. Scores are None: what a store
     says is a cosine here, a distance there. Who knows what this one says names it in `score_kind`, and the passages
     carry it. Raises `UsageError` for another object, and for a `score_kind` beside a retriever, which gives no scores;
     `RetrievalError` where the search fails.
@@ -74,6 +81,7 @@ class LangChainRetriever(Retriever):
         *,
         config: RunnableConfig | None = None,
         score_kind: ScoreKind | None = None,
+        id_key: str | None = None,
     ) -> None:
         if not isinstance(source, BaseRetriever | VectorStore):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UsageError(f"expected a LangChain BaseRetriever or VectorStore, got {type(source).__name__}")
@@ -85,28 +93,38 @@ class LangChainRetriever(Retriever):
         self._source = source
         self._config = config
         self._score_kind: ScoreKind | None = score_kind
+        self._id_key = id_key
 
     def retrieve(self, query: str, k: int, exclude: frozenset[str] = frozenset()) -> tuple[Passage, ...]:
         source, wanted = self._source, k + len(exclude)
         with _searching(source):
             if isinstance(source, BaseRetriever):
-                found = _unscored(source.invoke(query, self._config, **_depth(source, wanted)))
+                found = self._unscored(source.invoke(query, self._config, **_depth(source, wanted)))
             elif self._score_kind is None:
-                found = _unscored(source.similarity_search(query, k=wanted))
+                found = self._unscored(source.similarity_search(query, k=wanted))
             else:
-                found = _scored(source.similarity_search_with_score(query, k=wanted), self._score_kind)
+                found = self._scored(source.similarity_search_with_score(query, k=wanted))
         return _best(found, k, exclude)
 
     async def aretrieve(self, query: str, k: int, exclude: frozenset[str] = frozenset()) -> tuple[Passage, ...]:
         source, wanted = self._source, k + len(exclude)
         with _searching(source):
             if isinstance(source, BaseRetriever):
-                found = _unscored(await source.ainvoke(query, self._config, **_depth(source, wanted)))
+                found = self._unscored(await source.ainvoke(query, self._config, **_depth(source, wanted)))
             elif self._score_kind is None:
-                found = _unscored(await source.asimilarity_search(query, k=wanted))
+                found = self._unscored(await source.asimilarity_search(query, k=wanted))
             else:
-                found = _scored(await source.asimilarity_search_with_score(query, k=wanted), self._score_kind)
+                found = self._scored(await source.asimilarity_search_with_score(query, k=wanted))
         return _best(found, k, exclude)
+
+    def _unscored(self, documents: Iterable[Document]) -> list[Passage]:
+        return [passage_from_document(document, id_key=self._id_key) for document in documents]
+
+    def _scored(self, found: Iterable[tuple[Document, float]]) -> list[Passage]:
+        return [
+            passage_from_document(document, score=float(score), score_kind=self._score_kind, id_key=self._id_key)
+            for document, score in found
+        ]
 
 
 def _depth(retriever: BaseRetriever, wanted: int) -> dict[str, Any]:
@@ -114,14 +132,6 @@ def _depth(retriever: BaseRetriever, wanted: int) -> dict[str, Any]:
     if isinstance(retriever, VectorStoreRetriever) and "k" not in retriever.search_kwargs:
         return {"k": wanted}
     return {}
-
-
-def _unscored(documents: Iterable[Document]) -> list[Passage]:
-    return [passage_from_document(document) for document in documents]
-
-
-def _scored(found: Iterable[tuple[Document, float]], kind: ScoreKind) -> list[Passage]:
-    return [passage_from_document(document, score=float(score), score_kind=kind) for document, score in found]
 
 
 def _best(found: Sequence[Passage], k: int, exclude: frozenset[str]) -> tuple[Passage, ...]:
