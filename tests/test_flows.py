@@ -391,7 +391,7 @@ def test_an_unstarted_course_can_be_closed() -> None:
     assert world.log == []
 
 
-# --- deadlines and cancellation ----------------------------------------------------------------------------------------
+# --- deadlines and cancellation --------------------------------------------------------------------------------------
 
 
 def partial() -> Flow[list[int]]:
