@@ -45,7 +45,7 @@ class HashingEmbedder(Embedder):
     def _vector(self, text: str) -> NDArray[np.float32]:
         vector = np.zeros(self.dimension)
         for word in text.lower().split():
-            seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
+            seed = int.from_bytes(hashlib.sha256(word.encode("utf-8", "surrogatepass")).digest()[:8], "big")
             vector += np.random.default_rng(seed).standard_normal(self.dimension)
         return vector.astype(np.float32)
 
