@@ -36,7 +36,8 @@ def passage_from_document(
     """A document as a passage. The title is `metadata["title"]` where that is a string; the metadata is a copy.
 
     Several stores return documents without their id; `id_key` names the metadata field that has it (Qdrant's is
-    "_id"), used where `document.id` is None. Raises `UsageError` for a score without its kind, or one that is not finite.
+    "_id"), used where `document.id` is None.
+    Raises `UsageError` for a score without its kind, or one that is not finite.
     """
     title = document.metadata.get("title")
     kept = None if id_key is None else document.metadata.get(id_key)
