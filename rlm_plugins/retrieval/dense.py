@@ -47,7 +47,7 @@ class DenseRetriever(Retriever):
     The text alone is embedded, without title or metadata. Passages without an id are named by their content. Equal
     scores stand in the order the passages were added. Searching is safe from several threads, also while passages are
     added. Raises `UsageError` for an unknown metric, an index that is not empty or not for inner products, and a
-    `batch_size` below 1. Cost: a search reads every vector (100,000 of 384 dimensions: about 10 ms).
+    `batch_size` below 1. Cost: a search reads every vector (100,000 of 384 dimensions: 154 MB, tens of milliseconds).
     """
 
     def __init__(
