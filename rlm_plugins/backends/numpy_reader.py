@@ -191,8 +191,8 @@ class TokenizersTokenizer:
         first = self._controls.encode("").ids[:1]
         bos = self._id("bos_token")
         self._bos_id = bos if first and first[0] == bos else None
-        ends = _json(folder / "generation_config.json").get("eos_token_id")
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+        said = _json(folder / "generation_config.json").get("eos_token_id")
+        ends: list[int] = [] if said is None else [said] if isinstance(said, int) else list(said)
         eos = self._id("eos_token")
         self._end_ids = frozenset([*ends, *([] if eos is None else [eos])])
         added = self._controls.get_added_tokens_decoder().values()
@@ -258,7 +258,7 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> Any:
         return None
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
+    cast(dict[str, Any], environment.globals)["raise_exception"] = refuse
     return environment.from_string(source)
 
 
