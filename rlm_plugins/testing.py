@@ -138,6 +138,97 @@ class _ScriptRunner:
         return found
 
 
+class RandomModel(LocalModel):
+    """A local model over bytes whose next-token distribution is a fixed random function of everything before it.
+
+    However a text is split into prompt and continuation, it has one probability; every other text has another. So what
+    is shifted by one, cut or rendered differently shows. `follows` maps a text to what comes after it, with
+    probability `confidence` a byte; elsewhere the model writes letters.
+    """
+
+    def __init__(
+        self,
+        follows: Mapping[str, str] | None = None,
+        *,
+        confidence: float = 0.9,
+        seed: int = 0,
+        context_window: int | None = 8192,
+    ) -> None:
+        super().__init__(
+            _RandomRunner({key.encode(): value.encode() for key, value in (follows or {}).items()}, confidence, seed),
+            name="random",
+            tokenizer=ByteTokenizer(),
+            context_window=context_window,
+            repeatability=0.0,
+        )
+
+
+class _RandomRows:
+    def __init__(self, runner: _RandomRunner, prompts: tuple[TokenIds, ...]) -> None:
+        self.prompt_tokens = sum(map(len, prompts))
+        self.cached_prompt_tokens = 0
+        self.texts = [list(prompt) for prompt in prompts]
+        self._runner = runner
+
+    @property
+    def logprobs(self) -> NDArray[np.float32]:
+        return np.stack([self._runner.distribution(text) for text in self.texts])
+
+    def close(self) -> None:
+        pass
+
+    async def aclose(self) -> None:
+        pass
+
+
+class _RandomRunner:
+    def __init__(self, follows: Mapping[bytes, bytes], confidence: float, seed: int) -> None:
+        self._follows = follows
+        self._confidence = confidence
+        self._seed = seed
+        self._likely = np.full(VOCABULARY, -10.0)
+        self._likely[[*b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJ .,"]] = 0.0
+        self._likely[END] = -1.0
+        self._likely[BOS] = -np.inf
+
+    def distribution(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        seed = hashlib.sha256(repr((self._seed, list(ids))).encode()).digest()
+        values = 2.5 * np.random.default_rng(int.from_bytes(seed[:8], "little")).normal(size=VOCABULARY) + self._likely
+        probabilities = np.exp(values - values.max())
+        probabilities /= probabilities.sum()
+        expected = self._next(bytes(i for i in ids if i < BOS))
+        if expected is not None:
+            probabilities *= 1 - self._confidence
+            probabilities[expected] += self._confidence
+        with np.errstate(divide="ignore"):
+            return np.log(probabilities).astype(np.float32)
+
+    def _next(self, text: bytes) -> int | None:
+        for key, value in self._follows.items():
+            at = text.rfind(key)
+            written = text[at + len(key) :]
+            if at >= 0 and value.startswith(written):
+                return value[len(written)] if len(written) < len(value) else END
+        return None
+
+    def open_rows(self, prompts: tuple[TokenIds, ...]) -> _RandomRows:
+        return _RandomRows(self, prompts)
+
+    def advance(self, rows: _RandomRows, token_id: int) -> NDArray[np.float32]:
+        for text in rows.texts:
+            text.append(token_id)
+        return rows.logprobs
+
+    def score_rows(
+        self, prompts: tuple[TokenIds, ...], continuations: tuple[TokenIds, ...]
+    ) -> list[NDArray[np.float32]]:
+        found: list[NDArray[np.float32]] = []
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            scores = [self.distribution([*prompt, *continuation[:n]])[token] for n, token in enumerate(continuation)]
+            found.append(np.asarray(scores, dtype=np.float32))
+        return found
+
+
 @contextmanager
 def forbid_requests() -> Generator[None]:
     """No connection leaves this process inside: an attempt raises `AssertionError` naming the address."""
