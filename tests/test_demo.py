@@ -1,0 +1,64 @@
+"""The demo's own parts; the whole of it runs as a user would run it."""
+
+from pathlib import Path
+
+import pytest
+
+from rlm_plugins.cli import main
+from rlm_plugins.demo import example_world, read_folder
+from rlm_plugins.errors import UsageError
+
+
+def test_the_example_world_asks_what_its_corpus_answers_and_one_thing_it_does_not() -> None:
+    corpus, asked = example_world()
+    text = "\n".join(passage.text for passage in corpus)
+    assert all(one.expected in text for one in asked if one.expected is not None)
+    assert sum(one.expected is None for one in asked) == 1
+
+
+def test_a_folder_becomes_paragraphs_with_their_file_as_title(tmp_path: Path) -> None:
+    (tmp_path / "towns.md").write_text("Velgar is old.\n\n  \nVelgar is red.\n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    passages = read_folder(tmp_path)
+    assert [(p.id, p.title, p.text) for p in passages] == [
+        ("towns.md#0", "towns", "Velgar is old."),
+        ("towns.md#1", "towns", "Velgar is red."),
+    ]
+
+
+@pytest.mark.parametrize("folder", ["empty", "missing"])
+def test_a_folder_without_text_is_refused(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no text was found"):
+        read_folder(tmp_path / folder)
+
+
+def test_the_command_answers_through_both_frameworks(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("langchain_core")
+    pytest.importorskip("llama_index.core")
+    assert main(["demo", "--k", "3"]) == 0
+    out = capsys.readouterr().out
+    _, asked = example_world()
+    assert all(one.question in out for one in asked)
+    assert out.count("REPLUG, LangChain") == out.count("REPLUG, LlamaIndex") == len(asked)
+    assert "left out" not in out
+
+
+def test_your_own_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("langchain_core")
+    (tmp_path / "a.txt").write_text("Velgar was founded by Bora Tinel.\n\nThe flag of Velgar is red.")
+    assert main(["demo", "--docs", str(tmp_path), "--ask", "Who founded Velgar?"]) == 0
+    assert "Bora Tinel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--docs", "nowhere", "--ask", "Who?"], "no text was found"), (["--k", "0", "--ask", "Who?"], "k must be")],
+)
+def test_a_wrong_argument_is_one_line_and_an_exit_status(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
