@@ -32,7 +32,8 @@ class RLMEmbedding(BaseEmbedding):
         refuse_unknown("RLMEmbedding", fields, type(self).model_fields)
         if not isinstance(embedder, Embedder):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UsageError(f"expected an Embedder of rlm_plugins, got {type(embedder).__name__}")
-        super().__init__(**{"embedder": embedder, "model_name": embedder.fingerprint, **fields})
+        given: dict[str, Any] = {"embedder": embedder, "model_name": embedder.fingerprint, **fields}
+        super().__init__(**given)
 
     @classmethod
     def class_name(cls) -> str:

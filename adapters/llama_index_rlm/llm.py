@@ -36,7 +36,7 @@ from rlm_plugins.methods.replug.ensemble import EnsembleKind, Replug, ReplugFiel
 from rlm_plugins.methods.replug.mixture import Pool
 from rlm_plugins.methods.replug.weights import Weighting
 from rlm_plugins.models import Embedder, Retriever
-from rlm_plugins.prompts import PromptTemplate
+from rlm_plugins.prompts import Prompt, PromptTemplate
 from rlm_plugins.retrieval import CachedEmbedder, Scores, identified
 from rlm_plugins.texts import Chunk, Generation, Message, Passage, ScoreKind, TokenLogprob
 
@@ -160,8 +160,9 @@ class ReplugLLM(LLM):
             raise UsageError(
                 "messages_to_prompt and completion_to_prompt are not used here: say the words in template="
             )
+        given: dict[str, Any] = {"llm": llm, "retriever": retriever, **fields}
         try:
-            super().__init__(**{"llm": llm, "retriever": retriever, **fields})
+            super().__init__(**given)
         except ValidationError as error:
             raise UsageError(f"ReplugLLM: {_reasons(error)}") from error
         if self.embed_model is None:
@@ -241,7 +242,7 @@ class ReplugLLM(LLM):
         said = {name: (call or {}).get(name, getattr(self, name)) for name in _SAMPLING}
         if said["stop"] is not None and not isinstance(said["stop"], str):
             said["stop"] = tuple(said["stop"])
-        named: dict[str, Any] = {} if query is None else {"query": lambda _: query}
+        named: dict[str, Any] = {} if query is None else {"query": _always(query)}
         return Replug(
             lm,
             retriever=as_retriever(self.retriever, score_kind=self.score_kind, metadata_mode=self.metadata_mode),
@@ -406,6 +407,10 @@ def _reasons(error: ValidationError) -> str:
     return "; ".join(
         f"{'.'.join(map(str, reason['loc']))}: {reason['msg']}, got {reason['input']!r}" for reason in error.errors()
     )
+
+
+def _always(query: str) -> Callable[[Prompt], str]:
+    return lambda prompt: query
 
 
 # --- outward ---------------------------------------------------------------------------------------------------------

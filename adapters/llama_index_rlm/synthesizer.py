@@ -75,9 +75,9 @@ class ReplugSynthesizer(BaseSynthesizer):
             llm=self._ensemble,
             callback_manager=manager,
             streaming=streaming,
-            empty_response=empty_response,
             **idle,
         )
+        self._empty_response = empty_response or "Empty Response"  # newer releases alone take it as an argument
 
     def synthesize(
         self,
