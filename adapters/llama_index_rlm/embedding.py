@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field
 from rlm_plugins.errors import UsageError
 from rlm_plugins.models import Embedder
 
-from .llm import refuse_unknown
+from .llm import refuse_unknown, refuse_unpicklable
 
 
 class RLMEmbedding(BaseEmbedding):
@@ -38,6 +38,14 @@ class RLMEmbedding(BaseEmbedding):
     @classmethod
     def class_name(cls) -> str:
         return "RLMEmbedding"
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> RLMEmbedding:
+        """The same embedder: it is not copied."""
+        return self.model_copy()
+
+    def __getstate__(self) -> dict[Any, Any]:
+        refuse_unpicklable(self, ("embedder",))
+        return cast("dict[Any, Any]", super().__getstate__())
 
     def _get_query_embedding(self, query: str) -> list[float]:
         return _plain(self._embedder().embed_query(query))

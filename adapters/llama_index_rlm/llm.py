@@ -28,7 +28,7 @@ from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.indices.base import BaseIndex
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM, default_completion_to_prompt
-from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
+from llama_index.core.schema import BaseComponent, BaseNode, MetadataMode, NodeWithScore
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_serializer
 
 from rlm_plugins.errors import UsageError
@@ -298,14 +298,7 @@ class ReplugLLM(LLM):
         return self.model_copy()
 
     def __getstate__(self) -> dict[Any, Any]:
-        for name in ("llm", "retriever", "embed_model", "scores", "query"):
-            try:
-                pickle.dumps(getattr(self, name))
-            except Exception as error:
-                raise pickle.PicklingError(
-                    f"ReplugLLM.{name} ({type(getattr(self, name)).__name__}) cannot be pickled ({error}): "
-                    "build the ReplugLLM in the process that uses it"
-                ) from error
+        refuse_unpicklable(self, ("llm", "retriever", "embed_model", "scores", "query"))
         self._kept.clear()
         return cast("dict[Any, Any]", super().__getstate__())
 
@@ -332,6 +325,19 @@ def refuse_unknown(owner: str, given: Iterable[str], known: Iterable[str]) -> No
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise UsageError(f"{owner} has no argument {', '.join(unknown)}; the arguments are {', '.join(sorted(known))}")
+
+
+def refuse_unpicklable(component: BaseComponent, parts: Iterable[str]) -> None:
+    """LlamaIndex would leave out what cannot be pickled, and the copy would fail when it is used."""
+    for name in parts:
+        part = getattr(component, name)
+        try:
+            pickle.dumps(part)
+        except Exception as error:
+            raise pickle.PicklingError(
+                f"{component.class_name()}.{name} ({type(part).__name__}) cannot be pickled ({error}): "
+                f"build the {component.class_name()} in the process that uses it"
+            ) from error
 
 
 def as_retriever(

@@ -156,7 +156,7 @@ async def test_condense_question(engine: RetrieverQueryEngine, lm: Any, question
 
 @pytest.mark.parametrize("context_prompt", [None, "Answer from the document."])
 async def test_condense_plus_context(
-    lm: Any, embedder: Any, index: VectorStoreIndex, question: str, context_prompt: str | None
+    lm: Any, index: VectorStoreIndex, question: str, context_prompt: str | None, events: Any
 ) -> None:
     retriever = index.as_retriever(similarity_top_k=3)
     llm = ReplugLLM(llm=lm, retriever=retriever, trace="full")
@@ -171,6 +171,13 @@ async def test_condense_plus_context(
     chat.reset()
     streaming = await chat.astream_chat(question)
     assert "".join([piece async for piece in streaming.async_response_gen()]) == "Bora Tinel"
+    answers = [event.response.raw for event in events.seen if type(event).__name__ == "LLMChatEndEvent"]
+    assert len(answers) == 4
+    for answer in answers:
+        prompts = [document["prompt"] for document in answer["replug"]["documents"]]
+        assert [prompt.count("Document: ") for prompt in prompts] == [1, 1, 1]
+        if context_prompt is not None:  # nothing of the other documents
+            assert [prompt.count("Osk") for prompt in prompts] == [0, 1, 0]
 
 
 # --- agents ---

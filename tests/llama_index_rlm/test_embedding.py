@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import threading
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index_rlm import LlamaIndexEmbedder, RLMEmbedding
 
 from rlm_plugins.errors import UsageError
+from rlm_plugins.models import Embedder
 
 
 def test_it_is_an_embedding_model_by_class_and_by_name(embedder: Any) -> None:
@@ -48,6 +52,30 @@ def test_in_an_index_and_in_a_pipeline(embedder: Any, index: VectorStoreIndex, q
     [node] = IngestionPipeline(transformations=[RLMEmbedding(embedder)]).run(nodes=[TextNode(text="Bora Tinel")])
     assert node.embedding == embedder.embed_query("Bora Tinel").tolist()
     assert isinstance(found[0], NodeWithScore)
+
+
+def test_copies_and_pickles(embedder: Any) -> None:
+    embed_model = RLMEmbedding(embedder)
+    assert copy.deepcopy(embed_model).embedder is embedder
+    embedder.lock = threading.Lock()
+    with pytest.raises(pickle.PicklingError, match=r"RLMEmbedding\.embedder \(WordEmbedder\)"):
+        pickle.dumps(embed_model)
+
+
+def test_a_pickle_that_comes_back_whole() -> None:
+    embed_model = pickle.loads(pickle.dumps(RLMEmbedding(Numbers())))
+    assert embed_model.get_text_embedding("ab") == [2.0, 1.0]
+    assert embed_model.model_name == "numbers"
+
+
+class Numbers(Embedder):
+    fingerprint = "numbers"
+
+    def embed_query(self, text: str) -> Any:
+        return np.array([len(text), 1], dtype=np.float32)
+
+    def embed_documents(self, texts: Any) -> Any:
+        return np.stack([self.embed_query(text) for text in texts])
 
 
 def test_a_bad_argument_is_refused(embedder: Any) -> None:
