@@ -20,7 +20,8 @@ class Question:
 
     ensemble: Replug
     arguments: dict[str, Any]
-    with_logprobs: bool
+    logprobs: int | None
+    """Alternatives listed per token; None: no log-probs at all."""
 
     def stream(self) -> Generator[Chunk]:
         return cast(Generator[Chunk], self.ensemble.stream(**self.arguments))
@@ -60,8 +61,8 @@ class Question:
         metadata: dict[str, Any] = {"model_name": self.ensemble.name, "finish_reason": generation.finish_reason}
         if generation.trace is not None:
             metadata["replug"] = dict(generation.trace)
-        if self.with_logprobs:
-            metadata["logprobs"] = {"content": [_logprob(token) for token in generation.tokens]}
+        if self.logprobs is not None:
+            metadata["logprobs"] = {"content": [_logprob(token, self.logprobs) for token in generation.tokens]}
         return metadata
 
 
@@ -74,10 +75,10 @@ def _usage(usage: Usage) -> UsageMetadata:
     )
 
 
-def _logprob(token: TokenLogprob) -> dict[str, Any]:
+def _logprob(token: TokenLogprob, alternatives: int) -> dict[str, Any]:
     """A token as OpenAI writes it."""
 
     def entry(text: str, logprob: float | None) -> dict[str, Any]:
         return {"token": text, "bytes": list(text.encode()), "logprob": max(logprob or 0.0, -9999.0)}
 
-    return entry(token.token, token.logprob) | {"top_logprobs": [entry(*other) for other in token.top]}
+    return entry(token.token, token.logprob) | {"top_logprobs": [entry(*other) for other in token.top[:alternatives]]}

@@ -104,8 +104,8 @@ def _from_hugging_face(model: Any) -> LanguageModel | None:
     return lm
 
 
-CONVERTERS: tuple[Converter, ...] = (_from_our_own, _from_wrapper, _from_binding, _from_hugging_face)
-"""Tried in order."""
+CONVERTERS: tuple[Converter, ...] = (_from_wrapper, _from_binding, _from_our_own, _from_hugging_face)
+"""Tried in order; wrappers come first, because they lend out the attributes of what they wrap."""
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------

@@ -113,7 +113,6 @@ class ChatReplug(BaseChatModel):
         except ValidationError as error:
             raise refused("ChatReplug", error, _arguments(type(self))) from None
         self._ensemble()
-        self._sampling(None, {})
 
     # --- what is computed ---------------------------------------------------------------------------------------------
 
@@ -152,6 +151,7 @@ class ChatReplug(BaseChatModel):
             embedder=None if embeddings is None else self._embedders.of(embeddings),
             scores=scores,
             query=self._query_of(messages),
+            sampling=self._sampling(None, {}),
             template=None if self.document_prompt is None else template_from(self.document_prompt, lm.template),
             settings=settings,
         )
@@ -193,7 +193,7 @@ class ChatReplug(BaseChatModel):
                 "top_logprobs": top,
                 "deadline": None if timeout is None else time.monotonic() + timeout,
             },
-            with_logprobs=bool(options.get("logprobs") or top),
+            logprobs=top if options.get("logprobs") or top else None,
         )
 
     def _generate(
