@@ -88,11 +88,12 @@ def decode_rows(
     finish: FinishReason = "length"
     told = 0  # tokens that a chunk carried
     while len(ids) < sampling.max_tokens:
-        if np.isnan(logprobs).any():
-            row = int(np.isnan(logprobs).any(axis=1).argmax())
-            raise ModelError(f"the model gave NaN log-probabilities for prompt {row} at token {len(ids)} of the answer")
         tempered = temper(logprobs, sampling.temperature) if sampling.temperature > 0 else logprobs
         mixed = mixer.mix(tempered)
+        if np.isnan(mixed).any():  # a NaN in any row ends up here, and this is one row instead of k
+            bad = np.isnan(logprobs).any(axis=1)
+            whose = f"for prompt {int(bad.argmax())}" if bad.any() else "once mixed"
+            raise ModelError(f"the model gave NaN log-probabilities {whose} at token {len(ids)} of the answer")
         token_id = _choose(mixed, sampling, rng)
         if token_id in tokenizer.end_ids:
             finish = "stop"

@@ -119,33 +119,40 @@ def nucleus(logprobs: Floats, top_p: float) -> Floats:
 
 
 def poisoning_radius(
-    log_weights: Floats, logprobs: Floats, token: int, *, replaceable: NDArray[np.bool_] | None = None
+    log_weights: Floats,
+    logprobs: Floats,
+    token: int,
+    *,
+    replaceable: NDArray[np.bool_] | None = None,
+    mixed: Floats | None = None,
 ) -> int:
     """How many documents an adversary may replace, whatever they then say, without changing the greedy `token`.
 
     Token t survives any replacement of m documents if for every other v
     sum_d w_d (p_d(t) - p_d(v)) > sum of the m largest w_d (1 + p_d(t) - p_d(v)). The weights must be fixed: they must
     not depend on what the documents say. `replaceable` [k] leaves out rows no adversary reaches (the null document).
+    `mixed` is their mixture [V], where it is known already: then few of the k x V probabilities have to be computed.
     Returns the largest such m, -1 where t does not even win now.
     """
     weights = np.exp(log_weights.astype(np.float64))
     exposed = weights if replaceable is None else weights * replaceable
-    probabilities = np.exp(logprobs.astype(np.float64))
-    chosen = probabilities[:, token]
-    mixed = weights @ probabilities
+    mixed = mixture(log_weights, logprobs) if mixed is None else mixed
+    chosen = np.exp(logprobs[:, token].astype(np.float64))
     few = min(64, len(mixed))
-    rivals = np.argpartition(-mixed, few - 1)[:few]
+    order = np.argpartition(-mixed, few - 1)
+    rivals, rest = order[:few], order[few:]
     rivals = rivals[rivals != token]
-    radius = _radius(weights, exposed, chosen, probabilities[:, rivals])
-    if few == len(mixed):
+    radius = _radius(weights, exposed, chosen, np.exp(logprobs[:, rivals].astype(np.float64)))
+    if not len(rest):
         return radius
-    # No other token has more probability than the weakest rival. If one that had all of that, and yet counted as
-    # impossible in every document, could not do more harm, an exact look at the rest can be spared.
-    lead = weights @ chosen - np.partition(mixed, -few)[:-few].max()
+    # No other token has more probability than the best of the rest (and a little, for the rounding of `mixed`). If one
+    # that had all of that, and yet counted as impossible in every document, could not do more harm, an exact look at
+    # the rest can be spared.
+    lead = weights @ chosen - np.exp(float(mixed[rest].max()) + 1e-4)
     harm = np.cumsum(np.sort(exposed * (1 + chosen))[::-1])
     if lead > 0 and int((harm < lead).sum()) >= radius:
         return radius
-    return _radius(weights, exposed, chosen, np.delete(probabilities, token, axis=1))
+    return min(radius, _radius(weights, exposed, chosen, np.exp(logprobs[:, rest[rest != token]].astype(np.float64))))
 
 
 def _radius(weights: Floats, exposed: Floats, chosen: Floats, rivals: Floats) -> int:

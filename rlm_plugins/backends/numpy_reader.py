@@ -1,7 +1,7 @@
 """A Llama folder as a language model without torch: numpy, `tokenizers` and `jinja2` are enough.
 
-Meant for the embedded reader, and for small models where installing torch is not worth it. Prompts share what they begin
-with, as in `torch_rows`; the arithmetic is `rlm_plugins.reader.llama_numpy`.
+Meant for the embedded reader, and for small models where installing torch is not worth it. Prompts share what they
+begin with, as in `torch_rows`; the arithmetic is `rlm_plugins.reader.llama_numpy`.
 """
 
 from __future__ import annotations

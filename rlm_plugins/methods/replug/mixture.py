@@ -75,7 +75,7 @@ class TokenMixture:
                 without = leave_one_out_choices(self._current, rows)
                 self.missed.append([d for d, other in enumerate(without) if len(without) > 1 and other != token_id])
             if self.pool == "probability" and not self.posterior:
-                radius = poisoning_radius(self.log_weights, rows, token_id, replaceable=self.replaceable)
+                radius = poisoning_radius(self.log_weights, rows, token_id, replaceable=self.replaceable, mixed=mixed)
                 self.radius = max(radius, 0) if self.radius is None else min(self.radius, max(radius, 0))
         if self.posterior:
             self._current = posterior_log_weights(self._current, token)
