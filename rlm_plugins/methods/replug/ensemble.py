@@ -146,7 +146,7 @@ class Replug(FlowModel):
         self.context_window = lm.context_window
         self.sampling = sampling or lm.sampling
         self.has_retriever = retriever is not None
-        self._scores = scores
+        self._scores: Scores | None = scores
         self._query = query
         self.below = Router(lm, retriever=retriever, embedder=embedder)
 
