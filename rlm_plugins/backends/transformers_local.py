@@ -97,7 +97,9 @@ class TransformersTokenizer:
 
     def __init__(self, hf_tokenizer: Any, *, end_ids: Sequence[int] = ()) -> None:
         self._hf = hf_tokenizer
-        self._lock = threading.Lock()  # a fast tokenizer is switched between plain text and control tokens
+        self._lock = (
+            threading.Lock()
+        )  # a fast tokenizer is switched between plain text and control tokens: not while it is read
         first = self._ids("", add_special_tokens=True)[:1]
         self._bos_id = first[0] if first and first[0] == hf_tokenizer.bos_token_id else None
         own = hf_tokenizer.eos_token_id
@@ -117,7 +119,8 @@ class TransformersTokenizer:
         return self._ids(text, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        with self._lock:
+            return self._hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int] | None:
         """Raises `UsageError` where the template refuses the conversation (an unknown role, turns out of order)."""
