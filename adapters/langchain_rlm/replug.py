@@ -123,9 +123,10 @@ class ChatReplug(BaseChatModel):
         raise UsageError("a function of LangChain messages as query cannot be used below another method: leave it out")
 
     def _language_model(self) -> LanguageModel:
-        if self._model_of is None or self._model_of[0] is not self.llm:
-            self._model_of = self.llm, FrozenLM.from_model(self.llm)
-        return self._model_of[1]
+        last = self._model_of
+        if last is None or last[0] is not self.llm:
+            self._model_of = last = self.llm, FrozenLM.from_model(self.llm)
+        return last[1]
 
     def _ensemble(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast, get_args
 
 from langchain_core.documents import Document
@@ -39,17 +39,17 @@ def retriever_from(source: Any, config: RunnableConfig | None = None) -> Retriev
     return LangChainRetriever(source, config=config)
 
 
-@dataclass
 class Embedders:
     """The embedder of the embeddings seen last, with the document vectors it has computed."""
 
-    _source: Any = field(default=None, repr=False)
-    _embedder: Embedder | None = field(default=None, repr=False)
+    def __init__(self) -> None:
+        self._last: tuple[Any, Embedder] | None = None
 
     def of(self, embeddings: Any) -> Embedder:
-        if self._embedder is None or self._source is not embeddings:
-            self._source, self._embedder = embeddings, CachedEmbedder(embedder_from(embeddings))
-        return self._embedder
+        last = self._last
+        if last is None or last[0] is not embeddings:
+            self._last = last = embeddings, CachedEmbedder(embedder_from(embeddings))
+        return last[1]
 
 
 def scoring(
