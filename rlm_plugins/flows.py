@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from contextlib import AsyncExitStack, ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -105,12 +106,16 @@ def together(flows: Iterable[Flow[T]]) -> Flow[list[T]]:
 # --- drivers ---------------------------------------------------------------------------------------------------------
 
 
+_deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+"""The deadline of the run that a handler is answering: runs inside the handler end with it, in threads too."""
+
+
 class _Course(Generic[T]):
     """A flow under way: what it asks now, what was opened for it, when it must end. The drivers do the waiting."""
 
     def __init__(self, flow: Flow[T], deadline: float | None) -> None:
         self.flow = flow
-        self.deadline = deadline
+        self.deadline = min((end for end in (deadline, _deadline.get()) if end is not None), default=None)
         self.opened: list[Resource] = []
         self.batch: Batch = ()
         self.done = False
@@ -168,10 +173,13 @@ def iterate(flow: Flow[T], handler: Handler, *, deadline: float | None = None) -
             elif course.overdue():
                 course.reply(Failed(DeadlineExceeded(_TOO_LATE)))
             else:
+                outer = _deadline.set(course.deadline)
                 try:
                     answers = handler.answer(course.asked)
                 except Exception as error:
                     answers = Failed(error)
+                finally:
+                    _deadline.reset(outer)
                 course.reply(answers)
         return cast(T, course.value)
     finally:

@@ -425,6 +425,34 @@ def test_past_its_deadline_a_flow_that_does_not_care_fails_and_is_closed(drive: 
     assert world.log == ["flow ends"]
 
 
+@both
+def test_a_run_inside_a_handler_ends_with_the_run_around_it(drive: Driver) -> None:
+    """A model over a model answers one request with a run of its own: the deadline holds there too."""
+
+    class Slow(World):
+        def answer(self, batch: Sequence[Request[Any]]) -> list[Any]:
+            time.sleep(0.01)
+            return super().answer(batch)
+
+        async def aanswer(self, batch: Sequence[Request[Any]]) -> list[Any]:
+            await asyncio.sleep(0.01)
+            return super().answer(batch)
+
+    class Model:
+        below = Slow()
+
+        def answer(self, batch: Any) -> list[Any]:
+            return [run(attempt(doubled(10_000)), self.below) for _ in batch]
+
+        async def aanswer(self, batch: Any) -> list[Any]:
+            return [await arun(attempt(doubled(10_000)), self.below) for _ in batch]
+
+    with pytest.raises(DeadlineExceeded):
+        drive(ask(Double(1)), Model(), deadline=time.monotonic() + 0.1)
+    assert len(Model.below.batches) < 1000
+    assert drive(doubled(3), Slow()) == 8, "the deadline is over with the run that had it"
+
+
 class Hanging(World):
     """Answers the first batch, and hangs at the second until it is cancelled."""
 
