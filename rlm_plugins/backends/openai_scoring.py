@@ -115,7 +115,7 @@ class Scorer:
         calls: list[Call] = []
         for index, token in enumerate(target.ids):
             done = target.ids[:index]
-            begun = opening.then(done, self.tokenizer.decode(done)) if done else opening
+            begun = opening.then(done, self._said(opening, done)) if done else opening
             call = next_call(self.model, self.facts, begun, _ONE, logprobs=0, ids=True, extra=self.extra)
             calls.append(Call(call.path, {**(call.body or {}), "logit_bias": {str(token): 100}}))
         answers = yield from ask_all(calls)
@@ -124,6 +124,17 @@ class Scorer:
             [choice] = read_choices(answered.data, self.tokenizer)
             entries.append(self._follows(choice.tokens, token))
         return _valued(entries), _usage(answers)
+
+    def _said(self, opening: Opening, done: TokenIds) -> str:
+        """Ids as the text that stands for them. Raises `ModelError` where text cannot say them."""
+        assert self.tokenizer is not None
+        text = self.tokenizer.decode(done)
+        if not isinstance(opening, IdsOpening) and tuple(self.tokenizer.encode(text)) != done:
+            raise ModelError(
+                f"{text!r} as text would be other tokens than those to be scored (a part of a character, or a merge), "
+                "so forced decoding needs an endpoint that takes token ids"
+            )
+        return text
 
     def _follows(self, tokens: Sequence[TokenLogprob], token: int) -> TokenLogprob:
         """The entry of a forced token, if that is what was written."""
