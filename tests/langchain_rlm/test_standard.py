@@ -61,6 +61,7 @@ class TestChatReplugUnit(_Chat, ChatModelUnitTests):
     pass
 
 
+@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # nothing was recorded to play back
 class TestChatReplugIntegration(_Chat, ChatModelIntegrationTests):
     pass
 
