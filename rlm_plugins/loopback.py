@@ -390,10 +390,14 @@ class _Writer:
         for index, token in enumerate(prompt):
             row = self._ask(OpenRows((prompt[:index],))).logprobs[0] if index else None
             entries.append(_Entry(token, None if row is None else float(row[token]), row))
-        if self.quirks.echo == "off_by_one":
-            values = [entry.logprob for entry in entries[1:]] + [-1.0]
-            return [_Entry(entry.token, value, entry.row) for entry, value in zip(entries, values, strict=True)]
         return entries
+
+    def _shifted(self, entries: list[_Entry]) -> list[_Entry]:
+        """The quirk "off_by_one": each token with the value of the next."""
+        if self.quirks.echo != "off_by_one":
+            return entries
+        values = [entry.logprob for entry in entries[1:]] + [-1.0]
+        return [_Entry(entry.token, value, entry.row) for entry, value in zip(entries, values, strict=True)]
 
     # --- how it is said ---
 
@@ -406,7 +410,7 @@ class _Writer:
             if self.body.get("echo") and not self.chat and self.quirks.echo != "ignored":
                 if self.quirks.echo == "refused":
                     raise _Refused("echo is not supported")
-                echoed = self._echoed(prompt)
+                echoed = self._shifted(self._echoed(prompt))
                 text = self.tokenizer.decode(prompt) + text
             said: Json = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
             choice = {"index": index, **said, "finish_reason": finish, "logprobs": self._logprobs([*echoed, *kept])}
