@@ -237,7 +237,7 @@ class Replug(FlowModel):
             {"id": passage and passage.id, "weight": _digits(weight), "logprob": _digits(logprob)}
             for passage, weight, logprob in zip(sent, np.exp(weights), rows.sum(axis=1), strict=True)
         ]
-        return Scoring(tokens, usage, {"version": 1, "documents": documents})
+        return Scoring(tokens, usage, {"documents": documents})
 
     def _passages(self, prompt: Prompt, given: tuple[Passage, ...] | None) -> Flow[tuple[Passage, ...]]:
         """The documents, from the call or the retriever, scored."""
@@ -246,7 +246,8 @@ class Replug(FlowModel):
         if passages is None:
             if not self.has_retriever:
                 raise UsageError("there is no retriever: pass documents=[...] to the call, or retriever= to Replug")
-            passages = yield from ask(Retrieve(query, self.settings.k))
+            found = yield from ask(Retrieve(query, self.settings.k))
+            passages = found[: self.settings.k]  # some retrievers have a k of their own
         if not passages and self.settings.null_document is None:
             raise RetrievalError(
                 f"no documents were found for {query[:80]!r}: check the index, pass documents=[...], or set "
