@@ -33,7 +33,39 @@ HEAVY = {
 MAY_KNOW_FRAMEWORKS = {"demo.py"}
 """The demo shows REPLUG in both frameworks, and imports them when it runs."""
 
-PUBLIC: list[str] = []
+PUBLIC = [
+    "CONTINUATION",
+    "PAPER",
+    "QUESTION_ANSWER",
+    "Capabilities",
+    "Chunk",
+    "DeadlineExceeded",
+    "DenseRetriever",
+    "Embedder",
+    "Generation",
+    "LanguageModel",
+    "Message",
+    "MissingExtra",
+    "ModelError",
+    "Passage",
+    "PromptTemplate",
+    "RLMError",
+    "Replug",
+    "ReplugSettings",
+    "RetrievalError",
+    "Retriever",
+    "Sampling",
+    "Scoring",
+    "TokenLogprob",
+    "TransformersLM",
+    "Unsupported",
+    "Usage",
+    "UsageError",
+    "aprobe",
+    "embedded_encoder",
+    "embedded_reader",
+    "probe",
+]
 """Every public name, in order: a change here is a change for users."""
 
 SOURCES = sorted(CORE.rglob("*.py"))

@@ -194,7 +194,7 @@ class TokenizersTokenizer:
         said = _json(folder / "generation_config.json").get("eos_token_id")
         ends: list[int] = [] if said is None else [said] if isinstance(said, int) else list(said)
         eos = self._id("eos_token")
-        self._end_ids = frozenset([*ends, *([] if eos is None else [eos])])
+        self._end_ids = frozenset[int]([*ends, *(() if eos is None else (eos,))])
         added = self._controls.get_added_tokens_decoder().values()
         self._specials = {token.content for token in added if token.special}
         self._template = _chat_template(folder, settings)

@@ -1,5 +1,6 @@
-"""The embedded reader: a small language model that comes with the library, trained to answer from documents of made-up
-worlds. It makes the demo, the examples and the tests run offline; it knows nothing of the real world."""
+"""The embedded reader, a small language model that comes with the library, trained to answer from documents of made-up
+worlds, and the embedded encoder, which finds those documents. They make the demo, the examples and the tests run
+offline; they know nothing of the real world."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from ..errors import MissingExtra, UsageError
 
 if TYPE_CHECKING:
     from ..backends.local import LocalModel
+    from .static_encoder import StaticEncoder
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -40,4 +42,14 @@ def embedded_reader(backend: Literal["auto", "numpy", "torch"] = "auto") -> Loca
     return TransformersLM(str(WEIGHTS), device="cpu", name="embedded-reader")
 
 
-__all__ = ["embedded_reader"]
+def embedded_encoder() -> StaticEncoder:
+    """The embedded encoder: mean token vectors, small enough to come with the library. It needs no torch.
+
+    Raises `UsageError` where its files are missing.
+    """
+    from .static_encoder import StaticEncoder
+
+    return StaticEncoder()
+
+
+__all__ = ["embedded_encoder", "embedded_reader"]
