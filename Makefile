@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	$(BIN)/rlm-plugins demo
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -q --cov --cov-report=term --cov-report=xml:.coverage.xml
+	$(BIN)/python -m pytest -q -m 'not slow and not server' --cov --cov-report=term --cov-report=xml:.coverage.xml
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --quiet .
