@@ -40,6 +40,7 @@ Method = Literal["native", "naive", "draft_verify", "certificate", "latent", "an
 
 _STRATEGIES: tuple[tuple[Method, str, Callable[[Capabilities], bool]], ...] = (
     ("native", "token", lambda can: can.full_distribution),
+    ("naive", "token", lambda can: can.token_ids and can.top_logprobs > 0),
 )
 """(way, ensemble, whether the model can) in order of preference: the one table that decides how an ensemble is run."""
 
@@ -53,5 +54,6 @@ def choose_strategy(capabilities: Capabilities, ensemble: Literal["auto", "token
         f"REPLUG with ensemble={ensemble!r}",
         "full_distribution",
         found=capabilities.full_distribution,
-        remedy="use a model in this process: embedded_reader(), TransformersLM(...), or one wrapped by FrozenLM",
+        remedy="use a model in this process: embedded_reader(), TransformersLM(...), or one wrapped by FrozenLM; or a "
+        "completions endpoint that takes token ids and gives top log-probs, with tokenizer=",
     )

@@ -375,7 +375,7 @@ def _stated(wishes: Wishes, can: Capabilities, context_window: int | None) -> En
         forced = "forced" if can.logit_bias == "raw" and can.continuation else None
         given = "echo" if endpoint == "completions" else "prompt_logprobs"
         scoring = given if can.prompt_logprobs else forced
-    return EndpointFacts(endpoint, can, scoring, context_window=context_window)
+    return EndpointFacts(endpoint, can, scoring, names_ids=can.token_ids, context_window=context_window)
 
 
 def _key(base_url: str | None, api_key: str | None) -> Secret:

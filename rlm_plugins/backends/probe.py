@@ -2,7 +2,7 @@
 
 | question | how it is answered |
 |---|---|
-| log-probs, how many | the entries that came with one token, of 20 and then 5 asked for |
+| log-probs, how many | the entries that came with one token, of 20, then 5, then 1 asked for |
 | several prompts, repeatability | the same prompt twice in one request, against the first answer |
 | token ids, the tokenizer, BOS | ids give the log-prob that the text gave |
 | echo or prompt log-probs, aligned | a token just written is echoed with the log-prob it was written with, twice |
@@ -131,7 +131,7 @@ def _first(wishes: Wishes, endpoint: Endpoint, errors: list[RLMError]) -> Flow[_
     tokens = 1 if endpoint == "completions" else 4
     found: _First | None = None
     for opening in _openings(endpoint):
-        for asked in (20, 5, None) if found is None else (found.asked,):
+        for asked in (20, 5, 1, None) if found is None else (found.asked,):
             reply = yield from _tried(_call(wishes, facts, opening, tokens, asked))
             if isinstance(reply, RLMError) and "max_completion_tokens" in str(reply):
                 facts = replace(facts, token_limit="max_completion_tokens")

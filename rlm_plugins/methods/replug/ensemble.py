@@ -26,6 +26,7 @@ from ...retrieval.scores import Scores, scored
 from ...texts import Generation, Passage, Scoring, TokenLogprob, Usage
 from ...tokens import TokenIds, Tokenizer, answer_lead, fit_prompt
 from .mixture import Floats, Pool, TokenMixture, mixture_logprobs
+from .naive import ListedMixture, decode_listed
 from .weights import Weighting, passage_weights
 
 TraceLevel = Literal["full", "summary", "off"]
@@ -177,17 +178,19 @@ class Replug(FlowModel):
         experts = self._experts(
             request.prompt, passages, reserve=sampling.max_tokens, answer_so_far=request.answer_so_far
         )
-        mixer = TokenMixture(
+        whole = way == "native"
+        kind = TokenMixture if whole else ListedMixture
+        mixer = kind(
             experts.log_weights,
             replaceable=np.array([passage is not None for passage in experts.sent]),
             pool=self.settings.pool,
             posterior=self.settings.posterior,
-            greedy=sampling.temperature == 0,
+            greedy=sampling.temperature == 0 and whole,
             explain=self.settings.trace == "full",
             tie_margin=can.repeatability,
         )
         wanted = max(request.top_logprobs, 5 if self.settings.trace == "full" else 0)
-        decoded = yield from decode_rows(
+        decoding = decode_rows(
             experts.prompts,
             mixer,
             self._tokenizer(),
@@ -195,6 +198,10 @@ class Replug(FlowModel):
             top_logprobs=wanted,
             lead="" if request.answer_so_far else self._lead(request.prompt, experts),
         )
+        if isinstance(mixer, ListedMixture):
+            decoded = yield from decode_listed(decoding, mixer, can.top_logprobs, self._tokenizer().end_ids, sampling)
+        else:
+            decoded = yield from decoding
         trace = None
         if self.settings.trace != "off":
             trace = self._trace(request, way, experts, mixer, decoded)
@@ -322,7 +329,7 @@ class Replug(FlowModel):
             "model": self.name,
             "ensemble": "token",
             "method": way,
-            "exact": True,
+            "exact": all(mixer.certified),
             "ties": mixer.ties,
             "robust_radius": mixer.radius,
             "documents": documents,
@@ -336,7 +343,7 @@ class Replug(FlowModel):
             trace["tokens"] = {
                 "text": [token.token for token in decoded.tokens],
                 "logprob": [_digits(token.logprob) for token in decoded.tokens],
-                "certified": [True] * count,
+                "certified": mixer.certified[:count] or [True] * count,
                 "responsibilities": [[_digits(share) for share in row] for row in mixer.decided[:count]],
                 "decided_by": [int(row.argmax()) for row in mixer.decided[:count]],
                 "changed_without": mixer.missed[:count] if mixer.greedy else [],

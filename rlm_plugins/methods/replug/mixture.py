@@ -56,6 +56,9 @@ class TokenMixture:
     missed: list[list[int]] = field(default_factory=list[list[int]], init=False)
     """Per token, the documents without which the greedy choice would have been another one (only with `explain`)."""
 
+    certified: list[bool] = field(default_factory=list[bool], init=False)
+    """Per token, whether the whole distributions would have chosen it; filled by those that do not see them whole."""
+
     def __post_init__(self) -> None:
         self._current = self.log_weights
 
