@@ -31,7 +31,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 
 from rlm_plugins.prompts import QUESTION_ANSWER, render_text
-from rlm_plugins.reader.world import LONG_ANSWER_FACTS, Entity, ExampleKind, World, name_syllables, tokenizer_words
+from rlm_plugins.reader.world import (
+    KINDS,
+    LONG_ANSWER_FACTS,
+    Entity,
+    ExampleKind,
+    World,
+    name_syllables,
+    name_words,
+    tokenizer_words,
+)
 from rlm_plugins.texts import Passage
 
 BEGIN, END = 0, 1
@@ -93,6 +102,14 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def name_tokens(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that names are made of, and the words that tell homonyms apart."""
+    first, later = name_syllables()
+    pieces = {*first, *later, *(f" {syllable}" for syllable in first), *(f" {word}" for word in name_words())}
+    encoded = [tokenizer.encode(piece, add_special_tokens=False).ids for piece in sorted(pieces)]
+    return [ids[0] for ids in encoded if len(ids) == 1]
+
+
 # -- the data --------------------------------------------------------------------------------------------------------
 
 
@@ -119,18 +136,26 @@ class Mixture:
     long_answers: float
     chat_forms: float
     repetitions: float
+    alike: float
+    """Samples whose documents all state the same attribute, of different entities."""
     context_weight: float
     """Of the loss on documents and questions. Names come back in them: that is where copying is learnt first."""
 
 
+PLANT_BINDING_AT = 0.44
+"""When copying is learnt, and the choice among values of one type is still a guess."""
+
+
 def mixture_at(progress: float) -> Mixture:
     """The curriculum; `progress` runs from 0 to 1."""
-    if progress < 0.06:
-        return Mixture((1, 1, 2), 0.0, 0.05, 0.0, 0.2, 0.3)
-    if progress < 0.35:
-        return Mixture((1, 1, 2, 2, 3, 3), 0.0, 0.12, 0.3, 0.15, 0.3)
+    if progress < 0.03:
+        return Mixture((1, 1, 2), 0.0, 0.05, 0.0, 0.2, 0.0, 0.3)
+    if progress < PLANT_BINDING_AT:
+        return Mixture((1, 1, 2, 2, 3, 3), 0.0, 0.12, 0.3, 0.15, 0.0, 0.3)
+    if progress < 0.58:
+        return Mixture((1, 1, 2, 2, 3, 3), 0.0, 0.08, 0.3, 0.03, 0.6, 0.1)
     counts = (0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 4, 5, 6, 8, 10)
-    return Mixture(counts, 1.0, 0.2, 1.0, 0.0, 0.08 if progress < 0.8 else 0.04)
+    return Mixture(counts, 1.0, 0.2, 1.0, 0.0, 0.15, 0.08 if progress < 0.88 else 0.04)
 
 
 UNKNOWABLE_WEIGHT = 0.4
@@ -141,6 +166,8 @@ def make_sample(world: World, rng: random.Random, mixture: Mixture) -> Sample:
     """Documents of the world and branches with questions about what they hold, and about what they do not."""
     if rng.random() < mixture.repetitions:
         return _repetition(world, rng)
+    if rng.random() < mixture.alike:
+        return _alike(world, rng, mixture)
     count = rng.choice(mixture.document_counts)
     if count == 10 and rng.random() < 0.3:
         count = rng.randint(11, 20)
@@ -172,6 +199,22 @@ def _repetition(world: World, rng: random.Random) -> Sample:
     starts = [rng.randrange(len(names) - 1) for _ in range(2)]
     branches = [Branch(" " + names[start], ((" " + " ".join(names[start + 1 :]), 0.8),)) for start in starts]
     return Sample(names[-1] + " " + " ".join(names) + "\n", tuple(branches))
+
+
+def _alike(world: World, rng: random.Random, mixture: Mixture) -> Sample:
+    """The same attribute of several entities, and a question for each: only the name tells the answers apart."""
+    kind = rng.choice([kind for kind in KINDS if sum(entity.kind == kind for entity in world.entities) > 1])
+    entities = [entity for entity in world.entities if entity.kind == kind]
+    entities = rng.sample(entities, min(len(entities), rng.randint(2, 5)))
+    name = rng.choice(list(entities[0].facts))
+    passages: list[Passage] = []
+    branches: list[Branch] = []
+    for entity in entities:
+        extra = [rng.choice(list(entity.facts))] if rng.random() < 0.3 else []
+        stated = sorted({name, *extra}, key=lambda _: rng.random())
+        passages.append(world.document(entity, stated, rng, titled=rng.random() < 0.15))
+        branches.append(_question(rng, mixture, world.question(entity, name, rng), entity.facts[name], 1.0))
+    return Sample(_before_documents(world, rng, mixture) + _documents(passages), tuple(branches))
 
 
 def _documents(passages: Sequence[Passage]) -> str:
@@ -432,50 +475,162 @@ class Reader(nn.Module):
         return functional.linear(hidden, self.embedding)
 
 
+@dataclass(frozen=True, slots=True)
+class RotaryPairs:
+    """Which dimensions of a head turn with the distance, and which hardly do: good for comparing contents."""
+
+    frequencies: Tensor
+
+    @staticmethod
+    def of(shape: Shape) -> RotaryPairs:
+        half = shape.width // shape.heads // 2
+        return RotaryPairs(shape.rope_base ** (-torch.arange(half).float() / half))
+
+    @property
+    def half(self) -> int:
+        return len(self.frequencies)
+
+    @property
+    def still(self) -> list[int]:
+        """Both dimensions of every pair that turns by less than a hundredth from token to token."""
+        slow = [pair for pair in range(self.half) if self.frequencies[pair] < 0.01]
+        return [*slow, *(pair + self.half for pair in slow)]
+
+
 @torch.no_grad()
 def plant_copying(model: Reader, *, scale: float = 0.15) -> None:
-    """Start with heads that copy: the circuit which otherwise takes most of a short training to appear.
+    """Start with heads that copy: a circuit which otherwise takes most of a short training to appear.
 
     In layer 0, half of the heads look at the previous token: all embeddings share a direction, from which query and
     key make a score that depends on the distance alone, through the fastest rotary pairs, and is largest at 1. They
-    write 32 directions of the previous token's embedding into the stream. In layer 1, as many heads compare these to
-    the current token, through the slowest rotary pairs, and write what they find there: "after the last Velgar came
-    this". All of it is trained on like any other weight.
+    write some directions of the previous token's embedding into the stream. In layer 1, as many heads compare these to
+    the current token, through the slowest pairs, and write what they find: "after the last Velgar came this". All of
+    it is trained on like any other weight.
     """
-    shape = model.shape
+    shape, pairs = model.shape, RotaryPairs.of(model.shape)
     width, head = shape.width, shape.width // shape.heads
-    half, planted = head // 2, shape.heads // 2
-    frequencies = shape.rope_base ** (-torch.arange(half).float() / half)
-    shared = torch.randn(width)
-    shared /= shared.norm()
+    planted = shape.heads // 2
+    shared = functional.normalize(torch.randn(width), dim=0)
     content = torch.randn(shape.vocabulary, width)
     content -= (content @ shared)[:, None] * shared
     model.embedding.copy_(scale * (content + 0.7 * math.sqrt(width) * shared))
     model.norm.fill_(0.3)
-    slow = [pair for pair in range(half) if frequencies[pair] < 0.01]
-    compared = [*slow, *(pair + half for pair in slow)]
     first, second = cast(Layer, model.layers[0]), cast(Layer, model.layers[1])
-
-    def directions(count: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(width, count))[0].T
-
     written = torch.linalg.qr(torch.randn(width, planted * head))[0].T
     for number in range(planted):
         rows = slice(number * head, (number + 1) * head)
-        read = directions(head)
-        first.query[rows] = first.key[rows] = 0.0
+        read, found = (torch.linalg.qr(torch.randn(width, head))[0].T for _ in range(2))
+        first.query[rows] = first.key[rows] = second.query[rows] = second.key[rows] = 0.0
         for pair in range(3):
             first.key[rows][pair] = 0.76 * shared
-            first.query[rows][pair] = 0.76 * math.cos(frequencies[pair]) * shared
-            first.query[rows][pair + half] = -0.76 * math.sin(frequencies[pair]) * shared
+            first.query[rows][pair] = 0.76 * math.cos(pairs.frequencies[pair]) * shared
+            first.query[rows][pair + pairs.half] = -0.76 * math.sin(pairs.frequencies[pair]) * shared
         first.value[rows] = read
         first.output[:, rows] = 2 * scale * written[rows].T
-        second.query[rows] = second.key[rows] = 0.0
-        second.query[rows][compared] = 2.4 * read[: len(compared)]
-        second.key[rows][compared] = 2.4 * written[rows][: len(compared)]
-        found = directions(head)
+        compared = len(pairs.still)
+        second.query[rows][pairs.still] = 2.4 * read[:compared]
+        second.key[rows][pairs.still] = 2.4 * written[rows][:compared]
         second.value[rows] = found
         second.output[:, rows] = 2.5 * scale * found.T
+
+
+@torch.no_grad()
+def plant_binding(model: Reader, name_ids: Sequence[int], examples: Sequence[Batch]) -> None:
+    """Show a reader that copies how to tell whose value it copies; without, it stays at a guess among the values of
+    the right type.
+
+    Two heads of layer 0, the ones that matter least, are made to gather the pieces of names a few tokens back and to
+    write what tells these apart into directions of the stream that are hardly used. So a value carries its subject,
+    and the end of a question the entity asked for. Every head of layer 1 then prefers tokens that carry what its own
+    token does: this is added to what the heads do already, but for the two that matter least. What the model calls a
+    name, and which directions are quiet, is measured: in its embeddings, and on `examples`.
+    """
+    shape, pairs = model.shape, RotaryPairs.of(model.shape)
+    head, compared = shape.width // shape.heads, len(pairs.still)
+    first, second = cast(Layer, model.layers[0]), cast(Layer, model.layers[1])
+    embedded = functional.rms_norm(model.embedding, (shape.width,), first.attention_norm, shape.epsilon)
+    is_name = torch.zeros(shape.vocabulary, dtype=torch.bool)
+    is_name[list(name_ids)] = True
+    used = is_name | (sum(torch.bincount(batch.ids.flatten(), minlength=shape.vocabulary) for batch in examples) > 3)
+    constant, name = _constant_direction(embedded[used]), _contrast(embedded, is_name, used)
+    names = embedded[is_name] - embedded[is_name].mean(0)
+    values, directions = torch.linalg.eigh(names.T @ names / len(names))
+    telling = (directions / values.clamp(min=1e-6).sqrt())[:, -2 * compared :].T
+    telling = telling[torch.randperm(2 * compared)].view(2, compared, -1)
+    stream = _after_first_layer(model, examples)
+    quiet = torch.linalg.eigh(stream.T @ stream)[1][:, : 2 * compared].T.reshape(2, compared, -1)
+    loudness = 0.5 * stream.pow(2).mean().sqrt()
+    gathering, comparing = (_least_needed(model, layer, examples)[:2] for layer in (first, second))
+    for number, read, written in zip(gathering, telling, quiet, strict=True):
+        rows = slice(number * head, (number + 1) * head)
+        for matrix in (first.query, first.key, first.value):
+            matrix[rows] = 0.0
+        first.output[:, rows] = 0.0
+        for pair in (2, 3, 4):
+            first.query[rows][pair] = first.key[rows][pair] = 3.45 * constant
+        first.query[rows][pairs.half - 1] = 7.0 * constant
+        first.key[rows][pairs.half - 1] = 7.0 * name
+        first.value[rows][:compared] = read
+        first.output[:, rows][:, :compared] = loudness * written.T
+    normed = functional.rms_norm(_after_first_layer(model, examples), (shape.width,), second.attention_norm)
+    carried = (normed @ quiet.flatten(0, 1).T).pow(2).mean()
+    for number in range(shape.heads):
+        rows = slice(number * head, (number + 1) * head)
+        score = 4.0
+        if number in comparing:
+            second.query[rows] = second.key[rows] = 0.0
+            score = 6.0
+        strength = (score * math.sqrt(head) / compared / carried).sqrt()
+        for matrix in (second.query, second.key):
+            matrix[rows][pairs.still] += strength * quiet[number % 2]
+
+
+def _constant_direction(rows: Tensor) -> Tensor:
+    """The direction on which all rows [N, D] lie at about 1."""
+    ridge = 0.02 * torch.eye(rows.shape[1])
+    return torch.linalg.solve(rows.T @ rows / len(rows) + ridge, rows.mean(0))
+
+
+def _contrast(rows: Tensor, positive: Tensor, used: Tensor) -> Tensor:
+    """The direction on which the positive rows stand 1 above the other used ones: a linear discriminant."""
+    centred, wanted = rows[used] - rows[used].mean(0), positive[used].float()
+    weights = torch.where(wanted > 0, 1 / wanted.sum(), 1 / (1 - wanted).sum())
+    scatter = (centred * weights[:, None]).T @ centred + 0.02 * torch.eye(rows.shape[1])
+    direction = torch.linalg.solve(scatter, (centred * weights[:, None]).T @ (wanted - wanted.mean()))
+    scores = centred @ direction
+    return direction / (scores[wanted > 0].mean() - scores[wanted == 0].mean())
+
+
+def _after_first_layer(model: Reader, examples: Sequence[Batch]) -> Tensor:
+    """The stream [N, D] at all tokens of the examples."""
+    rows: list[Tensor] = []
+    for batch in examples:
+        cosine = cast(Tensor, model.cosine)[batch.positions][:, None]
+        sine = cast(Tensor, model.sine)[batch.positions][:, None]
+        hidden = model.layers[0](functional.embedding(batch.ids, model.embedding), cosine, sine, batch.mask)
+        rows.append(hidden[batch.ids != END])
+    return torch.cat(rows)
+
+
+def _least_needed(model: Reader, layer: Layer, examples: Sequence[Batch]) -> list[int]:
+    """The heads of a layer, the one whose removal costs least first."""
+    head = model.shape.width // model.shape.heads
+    costs: list[float] = []
+    for number in range(model.shape.heads):
+        columns = layer.output[:, number * head : (number + 1) * head]
+        kept = columns.clone()
+        columns.zero_()
+        costs.append(sum(float(_known_loss(model, batch)) for batch in examples))
+        columns.copy_(kept)
+    return sorted(range(model.shape.heads), key=costs.__getitem__)
+
+
+def _known_loss(model: Reader, batch: Batch) -> Tensor:
+    """The mean loss on the answers that the documents hold."""
+    losses = functional.cross_entropy(
+        model(batch.ids, batch.positions, batch.mask, batch.rows), batch.targets, reduction="none"
+    )
+    return losses[batch.weights == 1.0].mean()
 
 
 _HUGGING_FACE_NAMES = {
@@ -565,6 +720,11 @@ class Muon:
             self.groups.setdefault(tuple(parameter.shape), []).append(parameter)
         self.buffers = {shape: torch.zeros(len(group), *shape) for shape, group in self.groups.items()}
 
+    def forget(self) -> None:
+        """Start again with no momentum."""
+        for buffer in self.buffers.values():
+            buffer.zero_()
+
     @torch.no_grad()
     def step(self, rate: float) -> None:
         for shape, group in self.groups.items():
@@ -592,7 +752,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 def rate_at(progress: float) -> float:
     """The share of the peak learning rate: a short warm-up, a plateau, and a long linear descent to nothing."""
-    return min(1.0, progress / 0.02 + 0.02, (1.0 - progress) / 0.6 + 0.01)
+    return min(1.0, progress / 0.02 + 0.02, (1.0 - progress) / 0.42 + 0.01)
 
 
 _LOOKS: tuple[tuple[ExampleKind, int], ...] = (
@@ -649,6 +809,7 @@ def train(options: argparse.Namespace) -> None:
     adam = torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)
     logging.info("%d parameters, %d token types", sum(p.numel() for p in model.parameters()), shape.vocabulary)
     started, step, seen, curve, queue = time.monotonic(), 0, 0, list[dict[str, Any]](), list[Batch]()
+    bound = False
     if options.resume:
         state = torch.load(options.resume)
         model.load_state_dict(state["model"])
@@ -656,12 +817,18 @@ def train(options: argparse.Namespace) -> None:
         adam.load_state_dict(state["adam"])
         started, step, seen, curve = started - state["elapsed"], state["step"], state["seen"], state["curve"]
         rng.seed(f"{options.seed}/{step}")
+        bound = state["bound"]
     recent, making, next_look = 0.0, 0.0, time.monotonic() - started + options.look_every * 60.0
     while True:
         elapsed = time.monotonic() - started
         progress = step / options.steps if options.steps else elapsed / (options.minutes * 60)
         if progress >= 1:
             break
+        if not bound and progress >= PLANT_BINDING_AT:
+            examples = batches(tokenizer, rng, mixture_at(progress - 0.01), options.tokens)[:4]
+            plant_binding(model, name_tokens(tokenizer), examples)
+            muon.forget()
+            bound, queue = True, []
         if not queue:
             queue = batches(tokenizer, rng, mixture_at(progress), options.tokens)
             making += time.monotonic() - started - elapsed
@@ -692,7 +859,7 @@ def train(options: argparse.Namespace) -> None:
             logging.info("%s", json.dumps(curve[-1]))
             export(model, tokenizer, options.out, curve)
             state = {"model": model.state_dict(), "muon": muon.buffers, "adam": adam.state_dict()}
-            state |= {"elapsed": time.monotonic() - started, "step": step, "seen": seen, "curve": curve}
+            state |= {"elapsed": time.monotonic() - started, "step": step, "seen": seen, "curve": curve, "bound": bound}
             if options.checkpoint:
                 torch.save(state, options.checkpoint)
     curve.append({"step": step, "minutes": round((time.monotonic() - started) / 60, 1), "tokens": seen})

@@ -720,3 +720,9 @@ def tokenizer_words() -> list[str]:
 def name_syllables() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The syllables names begin with, and those they go on with."""
     return _FIRST_SYLLABLES, _MIDDLE_SYLLABLES + _LAST_SYLLABLES
+
+
+def name_words() -> list[str]:
+    """The words, not invented, that names are made of as well: of titles and of homonyms' qualifiers."""
+    qualifiers = {several.split()[-1] for kind in _QUALIFIERS.values() for several in kind}
+    return sorted({*_TITLE_ADJECTIVES, *_TITLE_NOUNS, *qualifiers})
