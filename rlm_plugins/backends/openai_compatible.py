@@ -97,6 +97,8 @@ class OpenAICompatibleLM(FlowModel):
         self.template = template
         self.sampling = sampling or Sampling()
         self._extra = dict(extra_body or {})
+        self.cache_identity = [endpoint, continuation, scoring, self._extra]
+        """What answers depend on beside the address and the name."""
         wishes = Wishes(model, endpoint, continuation, scoring, tokenizer, self._extra)
         options = ClientOptions(
             url, _key(base_url, api_key), timeout, max_retries, max_concurrency, dict(headers or {})
