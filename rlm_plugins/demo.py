@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .backends.transformers_local import TransformersLM
 from .errors import UsageError
 from .models import Embedder, LanguageModel
 from .reader import embedded_encoder, embedded_reader
@@ -46,8 +45,11 @@ class Answered:
 Way = Callable[[str], Answered]
 
 
-def demo(*, docs: Path | None, questions: Sequence[str] | None, model: str | None, k: int) -> Iterator[str]:
-    """Yield the demo's lines. Raises `UsageError` for a folder without texts or questions that were not given."""
+def demo(*, docs: Path | None, questions: Sequence[str] | None, lm: LanguageModel | None, k: int) -> Iterator[str]:
+    """Yield the demo's lines; `lm` None is the embedded reader.
+
+    Raises `UsageError` for a folder without texts, or questions that were not given.
+    """
     started = time.monotonic()
     if docs is None:
         passages, asked = example_world()
@@ -58,13 +60,13 @@ def demo(*, docs: Path | None, questions: Sequence[str] | None, model: str | Non
         if not questions:
             raise UsageError('your own documents need a question: --docs FOLDER --ask "Who ...?"')
         asked = [Asked(question, None) for question in questions]
-    lm = TransformersLM(model) if model else embedded_reader()
+    own, lm = lm is None, lm or embedded_reader()
     encoder = embedded_encoder()
-    yield f"{len(passages)} passages; language model: {lm.name}; nothing leaves this machine."
-    if docs is not None and model is None:
+    yield f"{len(passages)} passages; language model: {lm.name}" + ("; nothing leaves this machine" if own else "")
+    if docs is not None and own:
         yield (
             "Note: the embedded reader knows only its invented world and the way its documents are written. For your\n"
-            "own documents give it a real model: --model FOLDER"
+            "own documents give it a real model: --model FOLDER, or --base-url URL --model NAME"
         )
     ways: dict[str, Way] = {}
     for name, build in (("LangChain", _langchain), ("LlamaIndex", _llama_index)):

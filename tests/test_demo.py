@@ -7,6 +7,8 @@ import pytest
 from rlm_plugins.cli import main
 from rlm_plugins.demo import example_world, read_folder
 from rlm_plugins.errors import UsageError
+from rlm_plugins.loopback import LoopbackEndpoint
+from rlm_plugins.testing import ScriptedModel
 
 
 def test_the_example_world_asks_what_its_corpus_answers_and_one_thing_it_does_not() -> None:
@@ -62,3 +64,29 @@ def test_a_wrong_argument_is_one_line_and_an_exit_status(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_probing_an_endpoint_prints_what_it_gives_and_what_that_makes_possible(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("openai")
+    with LoopbackEndpoint(ScriptedModel({"": "one two"})) as endpoint:
+        assert main(["probe", "--base-url", endpoint.base_url, "--model", "scripted"]) == 0
+    out = capsys.readouterr().out
+    assert "output_logprobs      True" in out
+    assert "scoring a given text    yes" in out
+    assert "REPLUG, token mixture" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--base-url"),
+        (["--base-url", "http://127.0.0.1:9/v1"], "--model NAME"),
+        (["--tokenizer", "folder"], "pass --base-url"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--model", "m", "--api-key-env", "RLM_NO_SUCH_KEY"], "holds no key"),
+    ],
+)
+def test_probing_says_what_is_missing(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", *arguments]) == 2
+    assert message in capsys.readouterr().err
