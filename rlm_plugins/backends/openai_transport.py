@@ -206,6 +206,8 @@ class Transport:
                 case ReadEvent(stream):
                     return [await cast(_AsyncEvents, stream).aread()] * count
                 case Discover():
+                    async with loop.entering:  # many that begin together take turns, so that the loop goes on
+                        await asyncio.sleep(0)
                     async with loop.discovering:
                         if self.facts is None:
                             self.facts = await arun(self._discovery(), self)
@@ -371,6 +373,7 @@ class _Loop:
     def __init__(self, client: openai.AsyncOpenAI, most: int) -> None:
         self.client = client
         self.slots = asyncio.Semaphore(most)
+        self.entering = asyncio.Semaphore(most)
         self.discovering = asyncio.Lock()
         self.keeper = _closed_with_loop(client)
 

@@ -6,6 +6,8 @@ that is served already; then RLM_TEST_MODEL is the folder it serves, and RLM_TES
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import signal
 import socket
@@ -21,6 +23,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""What vLLM's attention computes on a CPU."""
 STARTS_WITHIN = float(os.environ.get("RLM_TEST_SERVER_SECONDS", "600"))
 
 
@@ -45,16 +49,44 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "RLM_TEST_MODEL" in os.environ:
         return Path(os.environ["RLM_TEST_MODEL"])
     reader = ROOT / "rlm_plugins" / "reader" / "weights"
-    if (reader / "config.json").exists():
+    if (reader / "config.json").exists() and _head_width(reader) in HEAD_WIDTHS:
         return reader
-    import importlib.util
+    return _tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+def _head_width(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text())
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def _tiny_llama(folder: Path) -> Path:
+    """The random Llama of the other tests, with heads that the server can compute."""
+    import torch
+    import transformers
 
     spec = importlib.util.spec_from_file_location("models_for_tests", ROOT / "tests" / "models_for_tests.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.save_llama(tmp_path_factory.mktemp("tiny"))
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    config = transformers.LlamaConfig(
+        vocab_size=made.vocabulary(),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.12,  # wide: near-uniform logits would hide off-by-one errors
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    made.hf_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
