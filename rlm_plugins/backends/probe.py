@@ -266,6 +266,8 @@ def _by_ids(
         if not same:
             note = "token ids give another answer than the text: another tokenizer is served, or another BOS"
             return _noted(facts, note), opening, first.token
+        if token is not None and named:  # listed by id none is lost, as equal texts are
+            facts = _can(facts, top_logprobs=min(len(token.top), first.asked or 0))
         return _can(replace(facts, names_ids=named), token_ids=True), ids, token
     return facts, opening, first.token
 

@@ -143,10 +143,11 @@ def test_a_chat_is_continued_and_scored(vllm: Any, local: TransformersLM) -> Non
     lm = OpenAICompatibleLM(vllm.model, base_url=vllm.base_url, endpoint="chat", tokenizer=local.tokenizer)
     can = probe(lm)
     assert can.output_logprobs
-    assert can.continuation == "continue_final_message"
     conversation = [Message("user", QUESTION)]
     whole = lm.generate(conversation, sampling=SAMPLING)
     lm.close()
+    # a random model's answer may begin with a space, which templates trim: then going on with it is another text
+    assert can.continuation in (None, "continue_final_message")
     assert values(whole.tokens) == pytest.approx(
         values(local.generate(conversation, sampling=SAMPLING).tokens), abs=CLOSE
     )
