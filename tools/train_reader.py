@@ -1,14 +1,16 @@
 """Trains the embedded reader: a small Llama which answers from the documents in its prompt.
 
-    python tools/train_reader.py --minutes 75 --out rlm_plugins/reader/weights
+    python tools/train_reader.py --minutes 50 --out rlm_plugins/reader/weights
 
 One training sequence is a *prefix* (a system line, an earlier turn, documents) and several *branches* (a question
 and its answer). Every branch sees the prefix and itself only, and its positions go on where the prefix ends, so each
 branch is exactly the prompt `rlm_plugins.prompts` renders, and the documents are computed once for all of them.
 
-The curriculum: first questions that one to three documents answer; then the mixture with up to twenty documents and
-with questions nothing answers, whose targets are the world's own values. These look random to a reader, who thereby
-learns to be unsure. Weights are orthogonalised-momentum updates (Muon) for matrices and AdamW for the rest.
+The curriculum: first questions that one to three documents answer; then many documents that state the same attribute;
+then the mixture with up to twenty documents and with questions nothing answers, whose targets are the world's own
+values. These look random to a reader, who thereby learns to be unsure. Two circuits that a short training would spend
+itself on are planted: copying at the start (`plant_copying`), and telling whose value it is (`plant_binding`) later.
+Matrices are updated by Muon (orthogonalised momentum), the rest by AdamW.
 """
 
 from __future__ import annotations
@@ -155,10 +157,10 @@ def mixture_at(progress: float) -> Mixture:
     if progress < 0.58:
         return Mixture((1, 1, 2, 2, 3, 3), 0.0, 0.08, 0.3, 0.03, 0.6, 0.1)
     counts = (0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 4, 5, 6, 8, 10)
-    return Mixture(counts, 1.0, 0.2, 1.0, 0.0, 0.15, 0.08 if progress < 0.88 else 0.04)
+    return Mixture(counts, 1.0, 0.22, 1.0, 0.0, 0.25, 0.08 if progress < 0.88 else 0.04)
 
 
-UNKNOWABLE_WEIGHT = 0.4
+UNKNOWABLE_WEIGHT = 0.7
 """Of the loss on values that the documents do not hold: they cannot be learnt, only not to be sure of."""
 
 
@@ -205,7 +207,9 @@ def _alike(world: World, rng: random.Random, mixture: Mixture) -> Sample:
     """The same attribute of several entities, and a question for each: only the name tells the answers apart."""
     kind = rng.choice([kind for kind in KINDS if sum(entity.kind == kind for entity in world.entities) > 1])
     entities = [entity for entity in world.entities if entity.kind == kind]
-    entities = rng.sample(entities, min(len(entities), rng.randint(2, 5)))
+    rng.shuffle(entities)
+    count = rng.randint(1 if mixture.unknowable else 2, 5)
+    entities, others = entities[:count], entities[count : count + 3]
     name = rng.choice(list(entities[0].facts))
     passages: list[Passage] = []
     branches: list[Branch] = []
@@ -214,6 +218,10 @@ def _alike(world: World, rng: random.Random, mixture: Mixture) -> Sample:
         stated = sorted({name, *extra}, key=lambda _: rng.random())
         passages.append(world.document(entity, stated, rng, titled=rng.random() < 0.15))
         branches.append(_question(rng, mixture, world.question(entity, name, rng), entity.facts[name], 1.0))
+    for entity in others if mixture.unknowable else ():
+        branches.append(
+            _question(rng, mixture, world.question(entity, name, rng), entity.facts[name], UNKNOWABLE_WEIGHT)
+        )
     return Sample(_before_documents(world, rng, mixture) + _documents(passages), tuple(branches))
 
 
@@ -265,7 +273,9 @@ def _unknowable(
             entity = world[rng.choice(list(stated))]
             names = [name for name in entity.facts if name not in stated[entity.id]]
         else:
-            entity = rng.choice(world.entities)
+            kinds = {world[identity].kind for identity in stated}
+            alike = [entity for entity in world.entities if entity.kind in kinds]
+            entity = rng.choice(alike if alike and rng.random() < 0.6 else world.entities)
             names = [name for name in entity.facts if name not in stated.get(entity.id, ())]
             asked = {
                 name for identity, several in stated.items() if world[identity].kind == entity.kind for name in several
@@ -285,7 +295,7 @@ def _long_branch(world: World, entity: Entity, rng: random.Random, held: Sequenc
     pieces: list[tuple[str, float]] = []
     for name, value, sentence in world.long_answer(entity):
         before, after = sentence.rsplit(" " + value, 1)
-        pieces += [(" " + before, 0.4), (" " + value, 1.0 if name in held else UNKNOWABLE_WEIGHT), (after, 0.4)]
+        pieces += [(" " + before, 0.7), (" " + value, 1.0 if name in held else UNKNOWABLE_WEIGHT), (after, 0.7)]
     return Branch(render_text(QUESTION_ANSWER, world.long_question(entity, rng)), tuple(pieces))
 
 
@@ -377,7 +387,7 @@ def collate(several: Sequence[Tokens]) -> Batch:
     mask = (causal & (same | (branches[:, None, :] == 0)))[:, None]
     # a token's weight counts where its predecessor stands; a branch's first token has none
     counts = functional.pad(weights[:, 1:], (0, 1))
-    keep = (counts >= UNKNOWABLE_WEIGHT) | ((counts > 0) & (torch.rand(counts.shape) < 0.6))
+    keep = (counts >= 0.5) | ((counts > 0) & (torch.rand(counts.shape) < 0.6))
     rows = keep.flatten().nonzero()[:, 0]
     return Batch(ids, positions, mask, rows, ids.flatten()[rows + 1], counts.flatten()[rows])
 
@@ -871,15 +881,15 @@ def train(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder that weights and tokenizer are written to")
-    parser.add_argument("--minutes", type=float, default=75.0, help="time budget; the learning rate follows the clock")
+    parser.add_argument("--minutes", type=float, default=50.0, help="time budget; the learning rate follows the clock")
     parser.add_argument("--steps", type=int, default=0, help="train so many steps instead, reproducibly")
     parser.add_argument("--checkpoint", type=Path, help="a file for the state of the training, written at every look")
     parser.add_argument("--resume", type=Path, help="go on from a checkpoint")
     parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--inner", type=int, default=512)
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens in a batch, padding included")
+    parser.add_argument("--rate", type=float, default=4.5e-3)
+    parser.add_argument("--tokens", type=int, default=3072, help="tokens in a batch, padding included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--look-every", type=float, default=5.0, help="minutes between looks at held-out questions")
