@@ -4,6 +4,7 @@ The adapters are packages of their own: `langchain_rlm` and `llama_index_rlm`. I
 faiss and no framework.
 """
 
+from .backends.openai_compatible import OpenAICompatibleLM
 from .backends.transformers_local import TransformersLM
 from .capabilities import Capabilities
 from .errors import (
@@ -37,6 +38,7 @@ __all__ = [
     "Message",
     "MissingExtra",
     "ModelError",
+    "OpenAICompatibleLM",
     "Passage",
     "PromptTemplate",
     "RLMError",

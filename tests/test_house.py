@@ -47,6 +47,7 @@ PUBLIC = [
     "Message",
     "MissingExtra",
     "ModelError",
+    "OpenAICompatibleLM",
     "Passage",
     "PromptTemplate",
     "RLMError",

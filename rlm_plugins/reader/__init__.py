@@ -37,9 +37,17 @@ def embedded_reader(backend: Literal["auto", "numpy", "torch"] = "auto") -> Loca
         from ..backends.numpy_reader import NumpyLM
 
         return NumpyLM(WEIGHTS, name="embedded-reader")
+    from transformers.utils import logging
+
     from ..backends.transformers_local import TransformersLM
 
-    return TransformersLM(str(WEIGHTS), device="cpu", name="embedded-reader")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar for four megabytes is noise in every example
+    try:
+        return TransformersLM(str(WEIGHTS), device="cpu", name="embedded-reader")
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def embedded_encoder() -> StaticEncoder:
