@@ -31,8 +31,9 @@ class Item:
     question: str
     answer: str
     wrong: tuple[str, str]
-    """Two wrong values of the right type, for the poison."""
+    """Two wrong values of the right type, which the poison states."""
     poison: tuple[Passage, Passage]
+    """Scored like the rest."""
     retrieved: tuple[Passage, ...]
     stranger: Passage
 
@@ -56,7 +57,8 @@ def items(count: int, entities: int = 60) -> Iterator[Item]:
                 if other.kind == entity.kind and other.facts[attribute] != entity.facts[attribute]
             ]
             wrong = (others[0], others[1]) if len(others) > 1 else (others[0], others[0])
-            first, second = (_stating(world, entity, attribute, value, rng) for value in wrong)
+            poison = [_stating(world, entity, attribute, value, rng) for value in wrong]
+            first, second = score_by_embeddings(question, poison, encoder)
             yield Item(
                 question,
                 entity.facts[attribute],
@@ -73,10 +75,8 @@ def _stating(world: World, entity: Entity, attribute: str, value: str, rng: rand
 
 
 def poisoned(item: Item, k: int, count: int) -> list[Passage]:
-    """The k best passages with the last `count` replaced by poison, scored like the rest."""
-    encoder = embedded_encoder()
-    kept = list(item.retrieved[: k - count])
-    return [*kept, *score_by_embeddings(item.question, item.poison[:count], encoder)]
+    """The k best passages with the last `count` replaced by poison."""
+    return [*item.retrieved[: k - count], *item.poison[:count]]
 
 
 Answer = Callable[[Item], str]
