@@ -15,9 +15,11 @@ import json
 import logging
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from tokenizers import Tokenizer
 
 from rlm_plugins.prompts import QUESTION_ANSWER, render_text
 from rlm_plugins.reader.llama_numpy import NumpyLlama, log_softmax
-from rlm_plugins.reader.world import Example, ExampleKind, World, attribute_of
+from rlm_plugins.reader.world import Example, ExampleKind, World, attribute_of, tokenizer_words
 from rlm_plugins.texts import Passage
 
 END = 1
@@ -166,19 +168,63 @@ def prompt_of(example: Example) -> str:
     return render_text(QUESTION_ANSWER, example.question, example.documents)
 
 
+def after_a_system_line(example: Example) -> str:
+    return "You are a helpful assistant.\n" + prompt_of(example)
+
+
+def after_an_earlier_turn(example: Example) -> str:
+    return "What do you know about it?\nAnswer: nothing</s>\n" + prompt_of(example)
+
+
+def bare_question(example: Example) -> str:
+    return prompt_of(example).replace("Question: ", "")
+
+
+def question_first(example: Example) -> str:
+    """What the chat template makes of a tool's results."""
+    documents = "".join(QUESTION_ANSWER.render_document(passage) for passage in example.documents)
+    return f"{example.question}\n{documents}{QUESTION_ANSWER.answer}"
+
+
+def reversed_names(example: Example) -> Example:
+    """The same with every invented word spelt backwards: names that are not made of the usual syllables."""
+    usual = set(tokenizer_words())
+
+    def turned(text: str) -> str:
+        return re.sub(r"[A-Z][a-z]+", lambda m: m[0] if m[0] in usual else m[0][::-1].capitalize(), text)
+
+    documents = tuple(
+        replace(passage, text=turned(passage.text), title=turned(passage.title) if passage.title else None)
+        for passage in example.documents
+    )
+    return replace(example, documents=documents, question=turned(example.question), answer=turned(example.answer))
+
+
+_FORMS = (after_a_system_line, after_an_earlier_turn, bare_question, question_first)
+
+
 def batched(items: Sequence[Any], size: int = 25) -> Iterator[Sequence[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
-def measure_answers(runtime: Runtime, kind: ExampleKind, documents: int, count: int, seed: int) -> dict[str, Any]:
+def measure_answers(
+    runtime: Runtime,
+    kind: ExampleKind,
+    documents: int,
+    count: int,
+    seed: int,
+    *,
+    form: Callable[[Example], str] = prompt_of,
+    change: Callable[[Example], Example] = lambda example: example,
+) -> dict[str, Any]:
     """Exact match and the confidence of greedy answers, by the type of the value as well."""
-    asked = sorted(examples(kind, documents, count, seed), key=lambda example: len(prompt_of(example)))
+    asked = sorted(map(change, examples(kind, documents, count, seed)), key=lambda example: len(prompt_of(example)))
     hits: list[bool] = []
     sure: list[float] = []
     by_value: dict[str, list[bool]] = {}
     for group in batched(asked):
-        for example, answer in zip(group, runtime.answers([prompt_of(one) for one in group], 16), strict=True):
+        for example, answer in zip(group, runtime.answers([form(one) for one in group], 16), strict=True):
             hits.append(answer.text.strip() == example.answer)
             sure.append(math.exp(min(answer.logprobs)))
             if kind != "two_hop":
@@ -274,6 +320,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--questions", type=int, default=600, help="in each row")
     parser.add_argument("--seed", type=int, default=2024)
+    parser.add_argument("--only", nargs="*", help="rows whose names begin so; the others in --json are kept")
     parser.add_argument("--runtime", choices=("numpy", "torch"), default="numpy")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -290,8 +337,16 @@ def main() -> None:
         for kind, several in _ROWS.items()
         for documents in several
     ]
+    for form in _FORMS:
+        measure = partial(measure_answers, runtime, "held", 2, options.questions, options.seed, form=form)
+        rows.append((f"held_2_{form.__name__}", measure))
+    measure = partial(measure_answers, runtime, "held", 1, options.questions, options.seed, change=reversed_names)
+    rows.append(("held_1_reversed_names", measure))
     rows.append(("right_document", lambda: measure_right_document(runtime, options.questions, options.seed)))
     rows.append(("long", lambda: measure_long_answers(runtime, options.questions, options.seed)))
+    rows = [row for row in rows if not options.only or row[0].startswith(tuple(options.only))]
+    if options.only:
+        figures |= json.loads(options.json.read_text(encoding="utf-8")) if options.json else {}
     for name, measure in rows:
         figures[name] = measure()
         logging.info("%s %s", name, json.dumps(figures[name]))
