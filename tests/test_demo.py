@@ -19,12 +19,12 @@ def test_the_example_world_asks_what_its_corpus_answers_and_one_thing_it_does_no
 
 
 def test_a_folder_becomes_paragraphs_with_their_file_as_title(tmp_path: Path) -> None:
-    (tmp_path / "towns.md").write_text("Velgar is old.\n\n  \nVelgar is red.\n")
+    (tmp_path / "towns.md").write_text("Tokarin is old.\n\n  \nTokarin is red.\n")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     passages = read_folder(tmp_path)
     assert [(p.id, p.title, p.text) for p in passages] == [
-        ("towns.md#0", "towns", "Velgar is old."),
-        ("towns.md#1", "towns", "Velgar is red."),
+        ("towns.md#0", "towns", "Tokarin is old."),
+        ("towns.md#1", "towns", "Tokarin is red."),
     ]
 
 
@@ -48,9 +48,9 @@ def test_the_command_answers_through_both_frameworks(capsys: pytest.CaptureFixtu
 
 def test_your_own_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("langchain_core")
-    (tmp_path / "a.txt").write_text("Velgar was founded by Bora Tinel.\n\nThe flag of Velgar is red.")
-    assert main(["demo", "--docs", str(tmp_path), "--ask", "Who founded Velgar?"]) == 0
-    assert "Bora Tinel" in capsys.readouterr().out
+    (tmp_path / "a.txt").write_text("Tokarin was founded by Gelorin Demov.\n\nThe flag of Tokarin is red.")
+    assert main(["demo", "--docs", str(tmp_path), "--ask", "Who founded Tokarin?"]) == 0
+    assert "Gelorin Demov" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
