@@ -26,6 +26,7 @@ run() {
         "$venv/bin/python" -m pytest -q tests/langchain_rlm tests/llama_index_rlm
 }
 
-# prebuilt 1.0.10 does not import with the langgraph that this core brings
-run floor langchain-core==1.2.5 llama-index-core==0.13.0 "langgraph-prebuilt<1.0.9" langchain-tests langgraph langchain
-run newest --upgrade langchain-core llama-index-core langchain-tests langgraph langchain
+# the releases around a core are named, for a resolver left alone goes back to langchain 0.0
+run floor langchain-core==1.2.5 llama-index-core==0.13.0 "langchain>=1.2,<1.3" "langgraph>=1.0,<1.1" \
+    "langgraph-prebuilt<1.0.9" "aiohttp<3.13" langchain-tests  # its vcrpy does not know a newer aiohttp
+run newest --upgrade langchain-core llama-index-core "langchain>=1.2" langgraph langchain-tests
