@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +12,10 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableConfig
 from langchain_core.vectorstores import VectorStore, VectorStoreRetriever
 
-from rlm_plugins.errors import RetrievalError, RLMError, UsageError
+from rlm_plugins.errors import UsageError
 from rlm_plugins.models import Embedder, Retriever
 from rlm_plugins.retrieval import identified
+from rlm_plugins.retrieval.foreign import foreign_fingerprint, searching
 from rlm_plugins.texts import Passage, ScoreKind
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ class LangChainRetriever(Retriever):
 
     def retrieve(self, query: str, k: int, exclude: frozenset[str] = frozenset()) -> tuple[Passage, ...]:
         source, wanted = self._source, k + len(exclude)
-        with _searching(source):
+        with searching(source):
             if isinstance(source, BaseRetriever):
                 found = self._unscored(source.invoke(query, self._config, **_depth(source, wanted)))
             elif self._score_kind is None:
@@ -109,7 +108,7 @@ class LangChainRetriever(Retriever):
 
     async def aretrieve(self, query: str, k: int, exclude: frozenset[str] = frozenset()) -> tuple[Passage, ...]:
         source, wanted = self._source, k + len(exclude)
-        with _searching(source):
+        with searching(source):
             if isinstance(source, BaseRetriever):
                 found = self._unscored(await source.ainvoke(query, self._config, **_depth(source, wanted)))
             elif self._score_kind is None:
@@ -140,16 +139,6 @@ def _best(found: Sequence[Passage], k: int, exclude: frozenset[str]) -> tuple[Pa
     return tuple([passage for passage in named if passage.id not in exclude][:k])
 
 
-@contextmanager
-def _searching(source: object) -> Generator[None]:
-    try:
-        yield
-    except RLMError:
-        raise
-    except Exception as error:
-        raise RetrievalError(f"{type(source).__name__} failed with {type(error).__name__}: {error}") from error
-
-
 # --- embeddings ------------------------------------------------------------------------------------------------------
 
 _NAMES = ("model", "model_name", "model_id", "repo_id", "deployment", "azure_deployment", "deployment_name")
@@ -172,32 +161,20 @@ class LangChainEmbedder(Embedder):
 
     @property
     def fingerprint(self) -> str:
-        return self._fingerprint or _fingerprint(self._embeddings)
+        return self._fingerprint or foreign_fingerprint("langchain", self._embeddings, names=_NAMES, settings=_SETTINGS)
 
     def embed_query(self, text: str) -> NDArray[np.float32]:
-        with _searching(self._embeddings):
+        with searching(self._embeddings):
             return np.asarray(self._embeddings.embed_query(text), dtype=np.float32)
 
     def embed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        with _searching(self._embeddings):
+        with searching(self._embeddings):
             return np.asarray(self._embeddings.embed_documents(list(texts)), dtype=np.float32)
 
     async def aembed_query(self, text: str) -> NDArray[np.float32]:
-        with _searching(self._embeddings):
+        with searching(self._embeddings):
             return np.asarray(await self._embeddings.aembed_query(text), dtype=np.float32)
 
     async def aembed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        with _searching(self._embeddings):
+        with searching(self._embeddings):
             return np.asarray(await self._embeddings.aembed_documents(list(texts)), dtype=np.float32)
-
-
-def _fingerprint(embeddings: object) -> str:
-    kind = f"{type(embeddings).__module__}.{type(embeddings).__qualname__}"
-    names = {name: value for name in _NAMES if isinstance(value := getattr(embeddings, name, None), str) and value}
-    if not names:
-        raise UsageError(
-            f"nothing in {kind} says which model it is (looked at {', '.join(_NAMES)}): name it with fingerprint=..., "
-            "a string that changes whenever the vectors would"
-        )
-    settings = {name: value for name in _SETTINGS if (value := getattr(embeddings, name, None)) is not None}
-    return f"langchain:{kind}:{json.dumps(names | settings, sort_keys=True, default=str)}"

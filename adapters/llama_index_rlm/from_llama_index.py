@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,9 +11,10 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.indices.base import BaseIndex
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, TextNode
 
-from rlm_plugins.errors import RetrievalError, RLMError, UsageError
+from rlm_plugins.errors import UsageError
 from rlm_plugins.models import Embedder, Retriever
 from rlm_plugins.retrieval import identified
+from rlm_plugins.retrieval.foreign import foreign_fingerprint, searching
 from rlm_plugins.texts import Passage, ScoreKind
 
 if TYPE_CHECKING:
@@ -93,12 +92,12 @@ class LlamaIndexRetriever(Retriever):
         self._metadata_mode = metadata_mode
 
     def retrieve(self, query: str, k: int, exclude: frozenset[str] = frozenset()) -> tuple[Passage, ...]:
-        with _searching(self._source):
+        with searching(self._source):
             found = self._retriever(k + len(exclude)).retrieve(query)
         return self._best(found, k, exclude)
 
     async def aretrieve(self, query: str, k: int, exclude: frozenset[str] = frozenset()) -> tuple[Passage, ...]:
-        with _searching(self._source):
+        with searching(self._source):
             found = await self._retriever(k + len(exclude)).aretrieve(query)
         return self._best(found, k, exclude)
 
@@ -113,16 +112,6 @@ class LlamaIndexRetriever(Retriever):
             for node in found
         ]
         return tuple([passage for passage in passages if passage.id not in exclude][:k])
-
-
-@contextmanager
-def _searching(source: object) -> Generator[None]:
-    try:
-        yield
-    except RLMError:
-        raise
-    except Exception as error:
-        raise RetrievalError(f"{type(source).__name__} failed with {type(error).__name__}: {error}") from error
 
 
 # --- embeddings ------------------------------------------------------------------------------------------------------
@@ -147,33 +136,22 @@ class LlamaIndexEmbedder(Embedder):
 
     @property
     def fingerprint(self) -> str:
-        return self._fingerprint or _fingerprint(self._embed_model)
+        return self._fingerprint or foreign_fingerprint(
+            "llama_index", self._embed_model, names=_NAMES, settings=_SETTINGS
+        )
 
     def embed_query(self, text: str) -> NDArray[np.float32]:
-        with _searching(self._embed_model):
+        with searching(self._embed_model):
             return np.asarray(self._embed_model.get_query_embedding(text), dtype=np.float32)
 
     def embed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        with _searching(self._embed_model):
+        with searching(self._embed_model):
             return np.asarray(self._embed_model.get_text_embedding_batch(list(texts)), dtype=np.float32)
 
     async def aembed_query(self, text: str) -> NDArray[np.float32]:
-        with _searching(self._embed_model):
+        with searching(self._embed_model):
             return np.asarray(await self._embed_model.aget_query_embedding(text), dtype=np.float32)
 
     async def aembed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        with _searching(self._embed_model):
+        with searching(self._embed_model):
             return np.asarray(await self._embed_model.aget_text_embedding_batch(list(texts)), dtype=np.float32)
-
-
-def _fingerprint(embed_model: BaseEmbedding) -> str:
-    kind = f"{type(embed_model).__module__}.{type(embed_model).__qualname__}"
-    found = ((name, getattr(embed_model, name, None)) for name in _NAMES)
-    names = {name: value for name, value in found if isinstance(value, str) and value not in ("", "unknown")}
-    if not names:
-        raise UsageError(
-            f"nothing in {kind} says which model it is (looked at {', '.join(_NAMES)}): name it with fingerprint=..., "
-            "a string that changes whenever the vectors would"
-        )
-    settings = {name: value for name in _SETTINGS if (value := getattr(embed_model, name, None)) is not None}
-    return f"llama_index:{kind}:{json.dumps(names | settings, sort_keys=True, default=str)}"

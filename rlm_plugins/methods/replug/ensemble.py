@@ -113,8 +113,9 @@ class Replug(FlowModel):
     score them anew ("embeddings" needs `embedder`; None keeps what they carry). Without scores the weights are uniform.
     `query` makes of the prompt the text that is looked up and scored against.
 
-    Costs k prompts per answer. Raises, before the model is called: `RetrievalError` when nothing was found and there is
-    no null document, `UsageError` for scores that cannot be weighed, `Unsupported` where the model gives too little.
+    Costs k prompts per answer; over an endpoint k one-token calls per token. Raises, before the model is called:
+    `RetrievalError` when nothing was found and there is no null document, `UsageError` for scores that cannot be
+    weighed, `Unsupported` where the model gives too little.
     """
 
     def __init__(
